@@ -1,0 +1,78 @@
+"""Memory nodes: giving memory back in the middle or at the end of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+CATEGORY = "Apple Silicon Video/memory"
+
+
+class FreeMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        anything = io.MatchType.Template("anything")
+        return io.Schema(
+            node_id="MPSFreeMemory",
+            display_name="Free Memory (MPS)",
+            category=CATEGORY,
+            description=(
+                "Passes its input through and gives memory back on the way: unloads models, collects unused tensors, "
+                "empties the MPS cache, and reports what was held before and after."
+            ),
+            search_aliases=["free memory", "empty cache", "clear cache", "unload models", "purge vram", "clean memory"],
+            inputs=[
+                io.MatchType.Input(
+                    "anything",
+                    template=anything,
+                    optional=True,
+                    tooltip=(
+                        "Any value; it comes out unchanged. Put the node on the connection where memory should be "
+                        "free, such as the latent between sampling and decoding."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "unload_models",
+                    default=True,
+                    tooltip="Take all models off the GPU. They are loaded again when a later node needs them.",
+                ),
+                io.Boolean.Input(
+                    "empty_cache",
+                    default=True,
+                    tooltip="Return the MPS allocator's unused memory to the system.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+            outputs=[
+                io.MatchType.Output(template=anything, display_name="anything", tooltip="The input, unchanged."),
+                io.String.Output(display_name="report", tooltip="Memory before and after, as text."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs: Any) -> float:
+        return float("nan")  # a new one each time: core's cache compares identity first, and math.nan is one object
+
+    @classmethod
+    def execute(cls, unload_models: bool, empty_cache: bool, anything: Any = None) -> io.NodeOutput:
+        from ..memory import comfy_models
+        from ..memory.release import release_memory
+
+        report = release_memory(comfy_models.unload_models if unload_models else None, empty_cache).text()
+        _show(report, cls.hidden.unique_id)
+        return io.NodeOutput(anything, report, ui=ui.PreviewText(report))
+
+
+def _show(text: str, node_id: str | None) -> None:
+    """Write the text into the node: the front end shows the result of PreviewText only for core's own nodes."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+NODES: list[type[io.ComfyNode]] = [FreeMemory]

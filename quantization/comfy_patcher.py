@@ -1,0 +1,200 @@
+"""A ModelPatcher that applies LoRA and other weight patches to quantised weights on the fly.
+
+Core would decode a patched weight and keep the dense result. Here the patches become weight functions of the
+layer, which decodes, patches and drops the result in each call: the blocks stay as they are in the file, and
+removing a LoRA means removing a function.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+
+from .tensor import QuantizedWeight
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A copy of a patch's tensors on ``device``; merge operands (lists) and quantised weights stay where they are."""
+    if isinstance(value, QuantizedWeight) or isinstance(value, list):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_on_device(item, device) for item in value)
+    if isinstance(value, WeightAdapterBase):
+        return type(value)(value.loaded_keys, _on_device(value.weights, device))
+    return value
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, tuple):
+        return sum(_tensor_bytes(item) for item in value)
+    return _tensor_bytes(value.weights) if isinstance(value, WeightAdapterBase) else 0
+
+
+class WeightPatch:
+    """Patches of one weight as a weight function: ``patch(dense) -> dense``, in the dtype of ``dense``.
+
+    Args:
+        key: the weight's name in the model, for core's messages.
+        patches: core's patch tuples (strength, value, model strength, offset, function).
+        original_weights: what core's "model as LoRA" patches subtract.
+    """
+
+    def __init__(self, key: str, patches: list[tuple], original_weights: dict | None = None) -> None:
+        self.key = key
+        self.source = patches
+        self.patches = patches
+        self.original_weights = original_weights
+
+    def move_to(self, device: torch.device | None = None) -> int:
+        """Keep the patch's tensors on ``device`` so that a step copies nothing; return their bytes."""
+        if device is None or torch.device(device).type == "cpu":
+            self.patches = self.source
+            return 0
+        self.patches = [(p[0], _on_device(p[1], device), *p[2:]) for p in self.source]
+        return sum(_tensor_bytes(p[1]) for p in self.patches)
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return comfy.lora.calculate_weight(
+            self.patches,
+            weight,
+            self.key,
+            intermediate_dtype=weight.dtype,
+            original_weights=self.original_weights,
+        )
+
+
+class HookPatch(WeightPatch):
+    """Patches that a hook (scheduled LoRA) adds on top of the model's own for a while."""
+
+
+class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
+    """ModelPatcher for models made with ``QuantizedOps``; dense parameters are handled by core as ever."""
+
+    @classmethod
+    def adopt(cls, patcher: comfy.model_patcher.ModelPatcher) -> QuantizedModelPatcher:
+        """Take over a freshly loaded model from ``patcher``, which must not be used afterwards."""
+        adopted = cls.__new__(cls)
+        vars(adopted).update(vars(patcher))
+        return adopted
+
+    def _layer(self, key: str) -> Any:
+        """The layer that holds the quantised weight ``key``, or None if the parameter is dense."""
+        path, _, name = key.rpartition(".")
+        if name != "weight" or not path:
+            return None
+        try:
+            layer = comfy.utils.get_attr(self.model, path)
+        except AttributeError:
+            return None
+        return layer if isinstance(getattr(layer, "weight", None), QuantizedWeight) else None
+
+    def _set_weight_patches(self, device: torch.device | None) -> int:
+        """Give every patched layer exactly one WeightPatch, before hooks and wrappers; return bytes moved."""
+        moved = 0
+        for key, patches in self.patches.items():
+            layer = self._layer(key)
+            if layer is None:
+                continue
+            own = WeightPatch(key, patches)
+            moved += own.move_to(device)
+            others = [f for f in layer.weight_function if not _is_model_patch(f)]
+            layer.weight_function = [own, *others]
+        return moved
+
+    def _clear_weight_functions(self) -> None:
+        for layer in self.model.modules():
+            if isinstance(getattr(layer, "weight", None), QuantizedWeight):
+                layer.weight_function = []
+
+    def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
+        result = super().load(device_to, *args, **kwargs)
+        self.model.model_loaded_weight_memory += self._set_weight_patches(device_to)
+        return result
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        if unpatch_weights:
+            self.unpatch_hooks()
+            self._clear_weight_functions()
+        return super().unpatch_model(device_to, unpatch_weights)
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        freed = super().partially_unload(*args, **kwargs)
+        self._set_weight_patches(self.load_device)
+        return freed
+
+    def patch_weight_to_device(self, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer(key)
+        if layer is None:
+            return super().patch_weight_to_device(key, device_to, *args, **kwargs)
+        if not kwargs.get("return_weight", False):
+            return None
+        dense = layer.weight.dequantize(torch.float32, device_to).clone()
+        if key in self.patches:
+            dense = comfy.lora.calculate_weight(self.patches[key], dense, key)
+        return dense.to(layer.weight.dtype)
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: dict, key: str, original_weights: dict, memory_counter: Any
+    ) -> None:
+        layer = self._layer(key)
+        if layer is None:
+            return super().patch_hook_weight_to_device(
+                hooks, combined_patches, key, original_weights, memory_counter
+            )
+        if key not in combined_patches:
+            return None
+        patch = HookPatch(key, combined_patches[key], {key: original_weights.pop(key)})
+        patch.move_to(self.load_device)
+        self._set_hook_patch(layer, patch)
+        self.cached_hook_patches.setdefault(hooks, {})[key] = (patch, layer.weight.device)
+        return None
+
+    def patch_cached_hook_weights(self, cached_weights: dict, key: str, memory_counter: Any) -> None:
+        patch = cached_weights[key][0]
+        if not isinstance(patch, HookPatch):
+            return super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+        self._set_hook_patch(self._layer(key), patch)
+        return None
+
+    def _set_hook_patch(self, layer: Any, patch: HookPatch) -> None:
+        layer.weight_function = [*(f for f in layer.weight_function if not isinstance(f, HookPatch)), patch]
+        self.hook_backup[patch.key] = (layer.weight, layer.weight.device)
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        for key in [k for k in self.hook_backup if not whitelist_keys_set or k in whitelist_keys_set]:
+            layer = self._layer(key)
+            if layer is not None:
+                layer.weight_function = [f for f in layer.weight_function if not isinstance(f, HookPatch)]
+                del self.hook_backup[key]
+        super().unpatch_hooks(whitelist_keys_set)
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Core's checkpoint, with quantised weights decoded and patched (files that core writes are dense)."""
+        saved = super().state_dict_for_saving(*args, **kwargs)
+        logging.info("Saving a quantised model: its weights are decoded to %s.", self.model_dtype())
+        keys = {k.removeprefix("diffusion_model."): k for k in self.model.state_dict()}
+        for key, value in saved.items():
+            if isinstance(value, QuantizedWeight):
+                name = key.removeprefix("model.").removeprefix("diffusion_model.")
+                source = keys.get(name)
+                dense = (
+                    self.patch_weight_to_device(source, return_weight=True) if source else value.dequantize()
+                )
+                saved[key] = dense.to("cpu")
+        return saved
+
+
+def _is_model_patch(function: Any) -> bool:
+    if isinstance(function, HookPatch):
+        return False
+    return isinstance(function, (WeightPatch, comfy.model_patcher.LowVramPatch))

@@ -1,0 +1,222 @@
+"""Looks into GGUF files from the command line: what a file holds, and one tensor as a NumPy file.
+
+``python scripts/gguf.py inspect FILE [--json]``; ``python scripts/gguf.py dequantize FILE TENSOR OUT.npy``. Messages
+go to stderr, one sentence each; the exit status is 0, 1 when a file cannot be read or written, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from _pack import load_pack
+
+try:
+    import numpy as np
+    import torch
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed for {sys.executable}: run this with the Python that ComfyUI runs with.")
+
+load_pack()
+
+from apple_silicon_video.quantization.formats import FORMATS, dequantize  # noqa: E402
+from apple_silicon_video.quantization.gguf import GGUFError, GGUFFile, TensorInfo  # noqa: E402
+from apple_silicon_video.quantization.gguf_writer import written_beside  # noqa: E402
+
+SHOWN_ITEMS = 8
+SHOWN_CHARACTERS = 100
+CHUNK_WEIGHTS = 4 << 20
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except GGUFError as error:
+        print(_printable(str(error)), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gguf.py", description="Look into GGUF files.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = _command(commands, "inspect", inspect, "show metadata, tensors and totals per type")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+    command = _command(commands, "dequantize", dequantize_to_npy, "write one tensor as a NumPy file")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("tensor", metavar="TENSOR")
+    command.add_argument("out", type=Path, metavar="OUT.npy")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: %(default)s)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    return command
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print what a file holds, without decoding long arrays or tensors."""
+    file = GGUFFile(options.file)
+    if options.json:
+        print(json.dumps(_report(file), indent=2, allow_nan=False))
+        return
+    size = file.path.stat().st_size
+    print(f"{_printable(str(file.path))}: GGUF version {file.version}, {size} bytes")
+    print(f"architecture: {_printable(file.architecture) if file.architecture else 'not given'}\n")
+    rows = [(key, _kind(file, key), _shown_value(file, key)) for key in file.metadata]
+    _print_table(("metadata", "kind", "value"), rows, "lll")
+    tensors = file.tensors.values()
+    _print_table(
+        ("tensor", "type", "shape", "bytes"),
+        [(info.name, info.type_name, _shape(info.original_shape), str(info.nbytes)) for info in tensors],
+        "lllr",
+    )
+    totals = [*_totals(file), _total("all", list(tensors))]
+    _print_table(("type", "tensors", "weights", "bytes", "bits per weight"), [_total_row(t) for t in totals], "lrrrr")
+
+
+def dequantize_to_npy(options: argparse.Namespace) -> None:
+    """Decode one tensor, a chunk at a time, into a .npy file written beside its name and moved into place."""
+    file = GGUFFile(options.file)
+    raw = file.raw(options.tensor)
+    info = file.tensors[options.tensor]
+    descr = np.dtype(options.dtype).newbyteorder("<").str
+    header = {"descr": descr, "fortran_order": False, "shape": info.original_shape}
+    try:
+        with written_beside(options.out) as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for piece in _decoded(file, info, raw, DTYPES[options.dtype]):
+                out.write(piece.numpy().data)
+    except OSError as error:
+        raise GGUFError(f"{options.out} cannot be written ({error.strerror}); choose another place.") from error
+    print(f"{_printable(str(options.out))}: {_shape(info.original_shape)} {options.dtype}")
+
+
+def _decoded(file: GGUFFile, info: TensorInfo, raw: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The tensor's weights as flat pieces of ``dtype``."""
+    if info.type_name not in FORMATS:
+        for piece in file.tensor(info.name).reshape(-1).split(CHUNK_WEIGHTS):
+            yield piece.to(dtype)
+        return
+    block_format = FORMATS[info.type_name]
+    for piece in raw.split(CHUNK_WEIGHTS // block_format.block_size * block_format.block_bytes):
+        n_weights = piece.numel() // block_format.block_bytes * block_format.block_size
+        yield dequantize(piece, block_format, (n_weights,), dtype)
+
+
+def _report(file: GGUFFile) -> dict[str, Any]:
+    return {
+        "file": str(file.path),
+        "bytes": file.path.stat().st_size,
+        "version": file.version,
+        "alignment": file.alignment,
+        "architecture": file.architecture,
+        "metadata": {key: _json_metadata(file, key) for key in file.metadata},
+        "tensors": [
+            {
+                "name": info.name,
+                "type": info.type_name,
+                "shape": list(info.original_shape),
+                "offset": info.offset,
+                "bytes": info.nbytes,
+            }
+            for info in file.tensors.values()
+        ],
+        "types": _totals(file),
+        "total": _total("all", list(file.tensors.values())),
+    }
+
+
+def _json_metadata(file: GGUFFile, key: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"kind": file.metadata.kind(key)}
+    length = file.metadata.length(key)
+    if length is not None:
+        entry["length"] = length
+    if length is None or length <= SHOWN_ITEMS:
+        entry["value"] = _json_value(file.metadata[key])
+    return entry
+
+
+def _json_value(value: Any) -> Any:
+    """A metadata value as strict JSON has it: lists for arrays, strings for numbers that are not finite."""
+    if isinstance(value, np.ndarray | list):
+        return [_json_value(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _kind(file: GGUFFile, key: str) -> str:
+    length = file.metadata.length(key)
+    kind = file.metadata.kind(key)
+    return kind if length is None else f"{kind.removesuffix('[]')}[{length}]"
+
+
+def _shown_value(file: GGUFFile, key: str) -> str:
+    if (file.metadata.length(key) or 0) > SHOWN_ITEMS:
+        return "..."
+    text = str(_json_value(file.metadata[key]))
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+def _totals(file: GGUFFile) -> list[dict[str, Any]]:
+    by_type: dict[str, list[TensorInfo]] = {}
+    for info in file.tensors.values():
+        by_type.setdefault(info.type_name, []).append(info)
+    totals = [_total(type_name, infos) for type_name, infos in by_type.items()]
+    return sorted(totals, key=lambda total: -total["bytes"])
+
+
+def _total(type_name: str, infos: list[TensorInfo]) -> dict[str, Any]:
+    weights = sum(prod(info.shape) for info in infos)
+    nbytes = sum(info.nbytes for info in infos)
+    bits = round(8 * nbytes / weights, 4) if weights else 0.0
+    return {"type": type_name, "tensors": len(infos), "weights": weights, "bytes": nbytes, "bits_per_weight": bits}
+
+
+def _total_row(total: dict[str, Any]) -> tuple[str, ...]:
+    *counts, bits = total.values()
+    return (*map(str, counts), f"{bits:.4g}")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], alignment: str) -> None:
+    cells = [heads, *(tuple(map(_printable, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        padded = (
+            cell.ljust(width) if side == "l" else cell.rjust(width) for cell, width, side in zip(row, widths, alignment)
+        )
+        print("  ".join(padded).rstrip())
+    print()
+
+
+def _printable(text: str) -> str:
+    """Text with control characters and line breaks escaped, so that a file cannot steer the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""These tests run inside a process that has imported a real ComfyUI (see ../test_inside.py)."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+TREE = os.environ["COMFYUI_DIR"]
+
+torch.set_num_threads(1)
+sys.path.insert(0, TREE)
+_arguments = sys.argv
+sys.argv = ["main.py", "--cpu"]
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.cli_args  # noqa: E402, F401
+
+sys.argv = _arguments
+import folder_paths  # noqa: E402
+
+import nodes  # noqa: E402, F401
+
+
+@pytest.fixture
+def model_folders(tmp_path, monkeypatch):
+    """Empty model folders in place of ComfyUI's own: name -> path."""
+    folders = {}
+    for name in ("diffusion_models", "text_encoders", "vae", "loras"):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        extensions = folder_paths.folder_names_and_paths[name][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(folders[name])], extensions))
+    folder_paths.filename_list_cache.clear()
+    return folders

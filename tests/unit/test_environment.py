@@ -1,0 +1,246 @@
+"""What scripts/environment.py decides: interpreter, sources of torch, requirements, and whether anything is to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import apple_silicon_video.tests.scripts_path  # noqa: F401
+import pytest
+
+import environment  # isort: skip
+import fetch_comfyui  # isort: skip
+
+REQUIREMENTS = """comfyui-frontend-package==1.47.12
+comfyui-workflow-templates==0.11.27
+comfyui_embedded.docs==0.5.9
+torch
+torchvision
+torchsde
+numpy>=1.25.0
+
+#non essential dependencies:
+PyOpenGL>=3.1.8
+glfw
+"""
+
+
+def select(found):
+    return environment.select_python(found, found.get)
+
+
+def test_running_python_is_preferred():
+    assert environment.candidate_pythons()[0] == sys.executable
+    assert select({"running": (3, 11), "python3.13": (3, 13)}) == "running"
+
+
+def test_unsuitable_pythons_are_passed_over():
+    assert select({"running": (3, 14), "python3.13": None, "python3.12": (3, 12)}) == "python3.12"
+
+
+def test_newer_python_is_a_last_resort():
+    assert select({"running": (3, 9), "python3.13": None, "python3": (3, 14)}) == "python3"
+
+
+def test_no_python_is_one_sentence():
+    with pytest.raises(environment.SetupError, match=r"^No Python 3\.10 or later .* install Python 3\.12 .*\.$"):
+        select({"running": (3, 9), "python3.13": None})
+
+
+def test_probing_pythons(tmp_path):
+    broken = tmp_path / "python3.12"
+    broken.write_text("#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
+    broken.chmod(0o755)
+    assert environment.probe_python(sys.executable) == sys.version_info[:2]
+    assert environment.probe_python(str(broken)) is None
+    assert environment.probe_python(str(tmp_path / "missing")) is None
+
+
+@pytest.mark.parametrize(
+    "text, version",
+    [("2.13.0+cpu", (2, 13)), ("2.6", (2, 6)), ("2.14.0.dev2026", (2, 14)), ("", (0, 0)), ("x", (0, 0))],
+)
+def test_version_of(text, version):
+    assert environment.version_of(text) == version
+
+
+def test_torch_on_linux_is_a_cpu_build_where_there_is_one():
+    first, second, last = environment.torch_attempts("Linux")
+    assert first.requirements == ("torch==2.13.0+cpu",) and "--index-url" not in first.options
+    assert second.options[:2] == ("--index-url", "https://download.pytorch.org/whl/cpu")
+    assert last == environment.Attempt(("torch==2.13.0",))
+
+
+def test_torch_on_a_mac():
+    assert environment.torch_attempts("Darwin")[0].requirements == ("torch>=2.13", "torchvision", "torchaudio")
+
+
+def test_other_systems_are_refused():
+    with pytest.raises(environment.SetupError, match="Darwin and Linux only, and not on Windows"):
+        environment.torch_attempts("Windows")
+
+
+@pytest.mark.parametrize(
+    "torch, vision, audio",
+    [("2.6.0", "0.21", "2.6"), ("2.8.0+cu128", "0.23", "2.8"), ("2.13.0+cpu", "0.28", "2.11")],
+)
+def test_companions_follow_torch(torch, vision, audio):
+    wanted = {"torchvision": f"torchvision=={vision}.*", "torchaudio": f"torchaudio=={audio}.*"}
+    assert environment.companions(torch) == wanted
+
+
+def test_attempts_in_order(monkeypatch):
+    calls = []
+
+    def install(*arguments):
+        calls.append(arguments)
+        return None if arguments == ("b",) else "no such version"
+
+    monkeypatch.setattr(environment, "pip_install", install)
+    environment.first_success("x", [environment.Attempt((name,)) for name in "abc"])
+    assert calls == [("a",), ("b",)]
+    with pytest.raises(environment.SetupError, match=r"^pip could not install x \(no such version\): .*\.log\.$"):
+        environment.first_success("x", [environment.Attempt(("a",))])
+
+
+def test_comfyui_requirements_without_the_heavy_ones():
+    kept = ["comfyui-frontend-package==1.47.12", "torchsde", "numpy>=1.25.0"]
+    assert environment.needed_requirements(REQUIREMENTS) == kept
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """An empty checkout with an environment that looks finished and ComfyUI in the cache."""
+    for name in ("VENV", "PYTHON", "STAMP", "CACHE", "LOG", "SHIM", "ROOT"):
+        path = tmp_path / getattr(environment, name).relative_to(environment.ROOT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(environment, name, path)
+    monkeypatch.setattr(environment.platform, "system", lambda: "Linux")
+    tree = tmp_path / ".cache" / "comfyui" / fetch_comfyui.DEFAULT_VERSION
+    (tree / "comfy").mkdir(parents=True)
+    (tree / "main.py").touch()
+    (tree / "requirements.txt").write_text(REQUIREMENTS)
+    monkeypatch.setattr(fetch_comfyui, "find", lambda version=None: tree)
+    environment.PYTHON.symlink_to(sys.executable)
+    (environment.VENV / "pyvenv.cfg").write_text("version = 3.11.7\n")
+    for name in ("requirements.txt", "requirements-test.txt", "scripts/torchvision_on_cpu_torch.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# nothing\n")
+    return tmp_path
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The groups that would be installed, in order."""
+    groups = []
+    monkeypatch.setattr(environment, "make_venv", lambda: None)
+    monkeypatch.setattr(environment, "install_torch", lambda: groups.append("torch"))
+    monkeypatch.setattr(environment, "install_requirements", lambda what, lines: groups.append(what.split()[-2]))
+    return groups
+
+
+def test_second_run_has_nothing_to_do(checkout, installed):
+    environment.ensure(tests=True)
+    assert installed == ["torch", "ComfyUI", "tests"]
+    environment.ensure(tests=True)
+    environment.ensure()
+    assert installed == ["torch", "ComfyUI", "tests"]
+
+
+def test_demo_then_tests_adds_the_tests(checkout, installed):
+    environment.ensure()
+    environment.ensure(tests=True)
+    assert installed == ["torch", "ComfyUI", "tests"]
+
+
+@pytest.mark.parametrize(
+    "file, groups",
+    [
+        ("requirements.txt", ["ComfyUI"]),
+        ("requirements-test.txt", ["tests"]),
+        (f".cache/comfyui/{fetch_comfyui.DEFAULT_VERSION}/requirements.txt", ["ComfyUI"]),
+        ("scripts/torchvision_on_cpu_torch.py", ["torch"]),
+        (".venv/pyvenv.cfg", ["torch", "ComfyUI", "tests"]),
+    ],
+)
+def test_changed_inputs_are_installed_again(checkout, installed, file, groups):
+    environment.ensure(tests=True)
+    installed.clear()
+    path = checkout / file
+    path.write_text(path.read_text() + "einops\n")
+    environment.ensure(tests=True)
+    assert installed == groups
+
+
+def test_skipped_requirements_change_nothing(checkout, installed):
+    environment.ensure()
+    installed.clear()
+    path = checkout / ".cache" / "comfyui" / fetch_comfyui.DEFAULT_VERSION / "requirements.txt"
+    path.write_text(path.read_text().replace("templates==0.11.27", "templates==0.11.28"))
+    environment.ensure()
+    assert installed == []
+
+
+def test_failure_leaves_the_rest_to_do(checkout, installed, monkeypatch):
+    def fail(*_):
+        raise environment.SetupError("pip could not install it.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(environment, "install_requirements", fail)
+        with pytest.raises(environment.SetupError):
+            environment.ensure()
+    assert installed == ["torch"]
+    environment.ensure()
+    assert installed == ["torch", "ComfyUI"]
+
+
+def test_dead_interpreter_is_noticed(checkout, installed):
+    environment.ensure()
+    environment.PYTHON.unlink()
+    environment.PYTHON.symlink_to("/nowhere/python3")
+    wanted = environment.wanted_stamp(fetch_comfyui.find(), False)
+    assert not environment.up_to_date(environment.read_stamp(), wanted)
+
+
+def test_damaged_stamp_counts_as_none(checkout):
+    for text in ("", "{", "[1]"):
+        environment.STAMP.write_text(text)
+        assert environment.read_stamp() == {}
+
+
+def test_foreign_folder_is_not_touched(checkout):
+    environment.PYTHON.unlink()
+    (environment.VENV / "pyvenv.cfg").unlink()
+    (environment.VENV / "precious").touch()
+    with pytest.raises(environment.SetupError, match="is no virtual environment: move it away"):
+        environment.make_venv()
+    assert (environment.VENV / "precious").exists()
+
+
+def test_lock_lets_one_run_in_at_a_time(checkout, tmp_path):
+    order = tmp_path / "order"
+    script = (
+        "import sys, pathlib; sys.path.append(sys.argv[1]); import environment\n"
+        "environment.CACHE = pathlib.Path(sys.argv[2]); order = open(sys.argv[3], 'a', buffering=1)\n"
+        "with environment.locked(): order.write('other\\n')"
+    )
+    scripts = Path(fetch_comfyui.__file__).parent
+    with environment.locked():
+        other = subprocess.Popen(
+            [sys.executable, "-c", script, scripts, environment.CACHE, order], stderr=subprocess.PIPE
+        )
+        assert other.stderr is not None and b"Waiting" in other.stderr.readline()
+        with open(order, "a") as file:
+            file.write("first\n")
+    assert other.wait() == 0
+    other.stderr.close()
+    assert order.read_text().split() == ["first", "other"]
+
+
+def test_parent_environment_stays_in_sight(checkout, tmp_path, monkeypatch):
+    """A torch of a virtual environment is out of reach of system-site-packages, so its folder is named in a .pth."""
+    parent = tmp_path / "parent" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "parent"], check=True)
+    monkeypatch.setattr(environment, "site_packages", lambda: tmp_path)
+    environment.show_parent_packages(str(parent))
+    (folder,) = (tmp_path / "parent_environment.pth").read_text().splitlines()
+    assert folder.startswith(str(tmp_path / "parent" / "lib")) and Path(folder).is_dir()
