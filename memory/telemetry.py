@@ -46,7 +46,7 @@ def take_snapshot() -> MemorySnapshot:
     mps = torch.backends.mps.is_available()
     return MemorySnapshot(
         **{name: _first_answer(sources) for name, sources in SOURCES.items()},
-        **{name: _first_answer([source]) if mps else None for name, source in MPS_SOURCES.items()},
+        **{name: _first_answer([getattr(torch.mps, source)]) for name, source in MPS_SOURCES.items() if mps},
     )
 
 
@@ -72,7 +72,7 @@ def _first_answer(sources: list[Callable[[], int]]) -> int | None:
         try:
             return int(source())
         except Exception as error:  # psutil raises RuntimeError, OSError or its own errors, depending on the system
-            log.debug("%s gave no figure: %s", source.__name__, error)
+            log.debug("%s gave no figure: %s", source, error)
     return None
 
 
@@ -143,8 +143,8 @@ SOURCES: dict[str, list[Callable[[], int]]] = {
     "total": [_psutil_total, _sysconf_total],
     "swap": [_psutil_swap, _sysctl_swap, _proc_swap],
 }
-MPS_SOURCES: dict[str, Callable[[], int]] = {
-    "live": torch.mps.current_allocated_memory,
-    "driver": torch.mps.driver_allocated_memory,
-    "recommended": torch.mps.recommended_max_memory,
+MPS_SOURCES = {
+    "live": "current_allocated_memory",
+    "driver": "driver_allocated_memory",
+    "recommended": "recommended_max_memory",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -68,11 +69,10 @@ class FreeMemory(io.ComfyNode):
 
 def _show(text: str, node_id: str | None) -> None:
     """Write the text into the node: the front end shows the result of PreviewText only for core's own nodes."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+    server = sys.modules.get("server")  # missing where ComfyUI runs without its web server
+    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)
 
 
 NODES: list[type[io.ComfyNode]] = [FreeMemory]

@@ -5,13 +5,13 @@ so that results equal gguf-py's bit for bit. Only operations and dtypes that MPS
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=None)
+@cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a small 1-D constant, kept on its device."""
     with torch.inference_mode(False):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .block_format import BlockFormat, CodeField, HalfField
-from .block_ops import bit_planes, constant, halves, integers, write
+from .block_ops import bit_planes, constant, halves, write
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -24,9 +24,12 @@ UE4M3_HALVED = tuple(
 )  # fmt: skip
 
 
+PAIRS = 0x0F0F + 1
+
+
 def _pairs(values: tuple[int, ...]) -> tuple[int, ...]:
-    """For every byte, the values of its low and high nibble as the two int8 of one little-endian int16."""
-    return tuple((values[byte & 15] & 0xFF) + (values[byte >> 4] << 8) for byte in range(256))
+    """For two nibbles in two bytes (0xF0F masked), their values as the two int8 of one little-endian int16."""
+    return tuple((values[word & 15] & 0xFF) + (values[word >> 8 & 15] << 8) for word in range(PAIRS))
 
 
 IQ4_PAIRS = _pairs(IQ4_VALUES)
@@ -35,10 +38,13 @@ E2M1_PAIRS = _pairs(E2M1_DOUBLED)
 
 def _lookup(qs: Tensor, pairs: tuple[int, ...], group: int) -> Tensor:
     """Bytes [n, k] -> int8 [n, 2 * k / group, group], each group's low nibbles before its high ones."""
+    words = qs.clone(memory_format=torch.contiguous_format).view(torch.int16).view(-1, group // 4)
+    index = torch.empty(words.shape[0], 2, group // 4, dtype=torch.int16, device=qs.device)
+    index[:, 0] = words
+    torch.bitwise_right_shift(words, 4, out=index[:, 1])
     table = constant(pairs, torch.int16, qs.device)
-    values = table.index_select(0, qs.reshape(-1).int()).view(torch.int8)
-    n_groups = 2 * qs.shape[1] // group
-    return values.view(-1, group // 2, 2).transpose(1, 2).reshape(-1, n_groups, group)
+    values = table.index_select(0, index.bitwise_and_(0x0F0F).view(-1).int())
+    return values.view(torch.int8).view(qs.shape[0], -1, group)
 
 
 def _table_scales(codes: Tensor, values: tuple[float, ...]) -> Tensor:

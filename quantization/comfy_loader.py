@@ -142,11 +142,16 @@ def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dy
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options=options, disable_dynamic=True
         )
-    except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise ModelFileError(
+            f"{path.name} lacks {error.args[0]}, by which its model is recognised: the file is incomplete, "
+            "download it again."
+        ) from None
+    except (RuntimeError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise ModelFileError(
             f"{path.name} does not fit the model it looks like ({_first_line(error)}): "
             "the file is incomplete or wrongly converted, download it again or use another conversion."
-        ) from error
+        ) from None
     if patcher is None:
         raise _unknown_model(
             path, f"the architecture {file.architecture!r}" if file.architecture else "its tensor names"
@@ -219,7 +224,7 @@ class _one_sentence:
         if isinstance(error, (safetensors.SafetensorError, RuntimeError, ValueError, OSError, EOFError)):
             raise ModelFileError(
                 f"{self.path.name} cannot be read ({_first_line(error)}): download it again."
-            ) from error
+            ) from None
 
 
 def load_text_encoder(
@@ -247,6 +252,10 @@ def load_text_encoder(
         state_dict, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     if _starts_with_any(state_dict, _DIFFUSION_KEYS):
         raise _diffusion_model_given(path)
+    if comfy.sd.detect_te_model(state_dict) is None and not _starts_with_any(state_dict, _ENCODER_KEYS):
+        raise ModelFileError(
+            f"{path.name} is no text encoder that this ComfyUI knows: choose a file made for models/text_encoders."
+        )
     options = _encoder_device(on_cpu, {tensor.dtype for tensor in state_dict.values() if tensor.dim() > 1})
     state_dict, _ = comfy.utils.convert_old_quants(state_dict, model_prefix="", metadata=metadata)
     return comfy.sd.load_text_encoder_state_dicts(
@@ -296,7 +305,7 @@ def _load_gguf_text_encoder(
     except KeyError as error:
         raise ModelFileError(
             f"{path.name} lacks the encoder weight {error.args[0]}: the file is incomplete, download it again."
-        ) from error
+        ) from None
 
     options = {**options, "custom_operations": QuantizedOps}
     if kind == comfy.sd.CLIPType.WAN:
@@ -336,11 +345,11 @@ def _umt5_clip(
     except KeyError as error:
         raise ModelFileError(
             f"{path.name} has no vocabulary ({error.args[0]} is absent): use a conversion that includes the tokenizer."
-        ) from error
+        ) from None
     except ValueError as error:
         raise ModelFileError(
             f"{path.name} cannot be used for Wan: {error}; choose a umt5-xxl-encoder file."
-        ) from error
+        ) from None
     target = SimpleNamespace(
         params={},
         clip=comfy.text_encoders.wan.te(dtype_t5=torch.float32),
@@ -359,7 +368,7 @@ def _umt5_clip(
     except RuntimeError as error:
         raise ModelFileError(
             f"{path.name} does not fit a UMT5 encoder ({_first_line(error)}): use another conversion."
-        ) from error
+        ) from None
 
 
 def load_vae(path: Path, dtype: torch.dtype | None = None) -> Any:

@@ -183,8 +183,6 @@ class GGUFWriter:
         written = 0
         for piece in data() if callable(data) else (data,):
             written += file.write(_bytes_of(piece))
-            if written > nbytes:
-                break
         if written != nbytes:
             raise self._refuse(f"needs {nbytes} bytes for tensor {name!r} but was given {written}")
 
@@ -197,9 +195,9 @@ class GGUFWriter:
 
 def _bytes_of(data: Data) -> memoryview:
     if isinstance(data, torch.Tensor):
-        data = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = data.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        data = data.reshape(-1).view(np.uint8).data
     return memoryview(data).cast("B")
 
 

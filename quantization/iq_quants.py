@@ -5,7 +5,7 @@ tables. IQ2 and IQ3 keep the signs apart, either as eight bits per eight weights
 makes the number of negative ones even); IQ1 adds or subtracts an eighth instead.
 """
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,14 @@ SIGN_SHIFTS = (0, 7, 14, 21)
 HIGH_BIT_SHIFTS = (0, 3, 6, 9)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _grid(name: str, device: torch.device) -> Tensor:
     """Return the grid of a type as float32 [entries, 4 or 8]."""
     with torch.inference_mode(False), np.load(GRIDS) as grids:
         return torch.from_numpy(grids[name]).to(device=device, dtype=torch.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _signs(device: torch.device) -> Tensor:
     """Return +1 and -1 for the bits of every byte, float32 [256, 8]."""
     with torch.inference_mode(False):
@@ -37,7 +37,7 @@ def _signs(device: torch.device) -> Tensor:
         return (1 - 2 * bits).to(device=device, dtype=torch.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _even_signs(device: torch.device) -> Tensor:
     """Return the signs for the 7-bit indices, float32 [128, 8]: the eighth makes the product positive."""
     with torch.inference_mode(False):
@@ -67,7 +67,7 @@ def _write_signed(out: Tensor, scales: Tensor, table: Tensor, index: Tensor, sig
 def _iq2_xxs(blocks: Tensor, out: Tensor) -> None:
     words = integers(blocks, 2, 16, torch.int32)
     high = words[:, 1::2]
-    scales = ((high >> 28) & 15).add(0.5) * halves(blocks, 0) * 0.25
+    scales = ((high >> 28) & 15).float().add_(0.5) * halves(blocks, 0) * 0.25
     index = words.view(torch.uint8).view(-1, 8, 8)[:, :, :4]
     device = blocks.device
     _write_signed(out, scales, _grid("IQ2_XXS", device), index, _even_signs(device), _shifted(high, SIGN_SHIFTS, 127))
@@ -75,13 +75,13 @@ def _iq2_xxs(blocks: Tensor, out: Tensor) -> None:
 
 def _iq2_xs(blocks: Tensor, out: Tensor) -> None:
     words = integers(blocks, 2, 32, torch.int16).int()
-    scales = _nibble_scales(blocks[:, 66:]).add(0.5) * halves(blocks, 0) * 0.25
+    scales = _nibble_scales(blocks[:, 66:]).float().add_(0.5) * halves(blocks, 0) * 0.25
     device = blocks.device
     _write_signed(out, scales, _grid("IQ2_XS", device), words & 511, _even_signs(device), (words >> 9) & 127)
 
 
 def _iq2_s(blocks: Tensor, out: Tensor) -> None:
-    scales = _nibble_scales(blocks[:, 74:]).add(0.5) * halves(blocks, 0) * 0.25
+    scales = _nibble_scales(blocks[:, 74:]).float().add_(0.5) * halves(blocks, 0) * 0.25
     high = bit_planes(blocks[:, 66:74], 2).permute(1, 2, 0).flatten(1)
     index = blocks[:, 2:34].int().add_(high, alpha=256)
     device = blocks.device
@@ -90,7 +90,7 @@ def _iq2_s(blocks: Tensor, out: Tensor) -> None:
 
 def _iq3_xxs(blocks: Tensor, out: Tensor) -> None:
     words = integers(blocks, 66, 8, torch.int32)
-    scales = ((words >> 28) & 15).add(0.5) * halves(blocks, 0) * 0.5
+    scales = ((words >> 28) & 15).float().add_(0.5) * halves(blocks, 0) * 0.5
     index, device = blocks[:, 2:66], blocks.device
     _write_signed(out, scales, _grid("IQ3_XXS", device), index, _even_signs(device), _shifted(words, SIGN_SHIFTS, 127))
 

@@ -14,85 +14,97 @@ from .block_ops import bit_planes, constant, halves, write
 SUPER_BLOCK = 256
 PLANE = 32
 
-# The twelve bytes of 6-bit scales and minimums of Q4_K and Q5_K, as 32-bit words A, B, C (after the word of d and dmin):
-# scales 0-3 are the low six bits of A's bytes, minimums 0-3 those of B's; scales 4-7 are the low nibbles of C's bytes
-# below the top two bits of A's, minimums 4-7 C's high nibbles below the top two bits of B's.
-# Hence eight words to mask, in the order (low part, high part) x (scales, minimums) x (sub-blocks 0-3, 4-7).
-WORDS = (1, 3, 2, 3, 1, 1, 2, 2)
-WORD_SHIFTS = (0, 0, 0, 4, 0, 2, 0, 2)
-WORD_MASKS = (0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F, 0x0F0F0F0F, 0, 0x30303030, 0, 0x30303030)
+# Q4_K and Q5_K begin with four words: d and dmin, then A, B, C with 6-bit scales and minimums. Scales 0-3 are the low
+# six bits of A's bytes, scales 4-7 the low nibbles of C's bytes below the top two bits of A's; minimums likewise with B
+# and C's high nibbles. Hence two words per result, low part and high part, each masked and multiplied into place;
+# results are in the order scales 0-3, scales 4-7, minimums 0-3, minimums 4-7.
+SCALE_WORDS = (1, 3, 2, 3, 1, 1, 2, 2)
+SCALE_MASKS = (0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F, -0x0F0F0F10, 0, -0x3F3F3F40, 0, -0x3F3F3F40)
+SCALE_FACTORS = (*[1.0] * 12, *[1 / 16] * 4, *[1 / 4] * 16)
 
-# Q3_K's twelve bytes, as words A, B, C: the low nibbles of the 16 scales in A and B, their top two bits in C.
-Q3_WORDS = (0, 1, 0, 1, 2, 2, 2, 2)
-Q3_SHIFTS = (0, 0, 4, 4, 0, 2, 4, 6)
-Q3_MASKS = (*[0x0F0F0F0F] * 4, *[0x03030303] * 4)
-
-
-def _unpack_words(words: Tensor, order: tuple[int, ...], shifts: tuple[int, ...], masks: tuple[int, ...]) -> Tensor:
-    """int32 [n, k] -> uint8 [n, 32]: the words in ``order``, each shifted and masked."""
-    device = words.device
-    fields = words[:, constant(order, torch.int64, device)]
-    fields = fields.bitwise_right_shift_(constant(shifts, torch.int32, device))
-    return fields.bitwise_and_(constant(masks, torch.int32, device)).view(torch.uint8)
+# Q3_K's last 14 bytes, read with the two before them as eight 16-bit words: sixteen scales, their low nibbles in words
+# 1-4 and their top two bits in words 5 and 6; then d.
+Q3_WORDS = (1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 5, 6, 5, 6, 5, 6)
+Q3_SHIFTS = (0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 2, 2, 4, 4, 6, 6)
+Q3_MASKS = (*[0x0F0F] * 8, *[0x0303] * 8)
 
 
 def _scales_and_minimums(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """First 16 bytes of Q4_K and Q5_K -> d * scales and dmin * minimums, float32 [n, 8, 1] each."""
+    """Return Q4_K's and Q5_K's d * scale and dmin * minimum, float32 [n, 8, 1] each."""
     header = blocks[:, :16].clone(memory_format=torch.contiguous_format)
-    d_dmin = header.view(torch.float16)[:, :2].float()
-    low, high = _unpack_words(header.view(torch.int32), WORDS, WORD_SHIFTS, WORD_MASKS).view(-1, 2, 16).unbind(1)
-    scaled = (low | high).view(-1, 2, 8, 1) * d_dmin.view(-1, 2, 1, 1)
-    return scaled[:, 0], scaled[:, 1]
+    device = header.device
+    words = header.view(torch.int32).index_select(1, constant(SCALE_WORDS, torch.int32, device))
+    parts = words.bitwise_and_(constant(SCALE_MASKS, torch.int32, device)).view(torch.uint8)
+    low, high = (parts * constant(SCALE_FACTORS, torch.float32, device)).view(-1, 2, 2, 8).unbind(1)
+    scaled = (low + high) * header.view(torch.float16)[:, :2].unsqueeze(-1)
+    d, m = scaled.unsqueeze(-1).unbind(1)
+    return d, m
 
 
-def _in_order(planes: Tensor) -> Tensor:
-    """Planes [8, n, 32] in the order of the weights -> [n, 256]."""
-    return planes.transpose(0, 1).reshape(-1, SUPER_BLOCK)
+def _planes(field: Tensor) -> Tensor:
+    """[n, 32 * k] bytes -> contiguous [k, n, 32]."""
+    return field.unflatten(1, (-1, PLANE)).transpose(0, 1).contiguous()
 
 
-def _quarters(qs: Tensor) -> Tensor:
-    """[n, 64] bytes of 2-bit quants -> uint8 [2, 4, n, 32]."""
-    return bit_planes(qs.view(-1, 2, PLANE).transpose(0, 1), 2).transpose(0, 1)
+def _write_nibbles(qs: Tensor, quants: Tensor) -> None:
+    """Planes [4, n, 32] of two nibbles each -> the eight planes of ``quants``."""
+    torch.bitwise_and(qs, 0x0F, out=quants[0::2])
+    torch.bitwise_right_shift(qs, 4, out=quants[1::2])
 
 
 def _q2_k(blocks: Tensor, out: Tensor) -> None:
-    scales = bit_planes(blocks[:, :16], 4) * halves(blocks, 80, 2).t().unsqueeze(-1)
-    d, m = scales.unsqueeze(-1)
-    quants = _in_order(_quarters(blocks[:, 16:80]).reshape(8, -1, PLANE)).view(-1, 16, 16)
+    scaled = bit_planes(blocks[:, :16], 4) * halves(blocks, 80, 2).t().unsqueeze(-1)
+    d, m = scaled.unsqueeze(-1).unbind(0)
+    quants = bit_planes(_planes(blocks[:, 16:80]), 2).permute(2, 1, 0, 3).reshape(-1, 16, 16)
     write(torch.sub, quants * d, m, out.view(-1, 16, 16))
 
 
 def _q3_k(blocks: Tensor, out: Tensor) -> None:
-    words = blocks[:, 96:108].clone(memory_format=torch.contiguous_format).view(torch.int32)
-    low, high = _unpack_words(words, Q3_WORDS, Q3_SHIFTS, Q3_MASKS).view(-1, 2, 16).unbind(1)
-    scales = low.add_(high, alpha=16).view(torch.int8).sub_(32) * halves(blocks, 108)
-    quants = _quarters(blocks[:, 32:96]).reshape(8, -1, PLANE)
-    quants = quants.add_(bit_planes(blocks[:, :32], 1), alpha=4).view(torch.int8).sub_(4)
-    write(torch.mul, _in_order(quants).view(-1, 16, 16), scales.unsqueeze(-1), out.view(-1, 16, 16))
+    device = blocks.device
+    tail = blocks[:, 94:].clone(memory_format=torch.contiguous_format)
+    words = tail.view(torch.int16).index_select(1, constant(Q3_WORDS, torch.int32, device))
+    words = words.bitwise_right_shift_(constant(Q3_SHIFTS, torch.int16, device))
+    low, high = words.bitwise_and_(constant(Q3_MASKS, torch.int16, device)).view(torch.uint8).split(16, dim=1)
+    scales = low.add(high, alpha=16) - constant((32.0,), torch.float32, device)
+    scales = (scales * tail.view(torch.float16)[:, 7:]).view(-1, 16, 1)
+
+    planes = _planes(blocks[:, :96])
+    third = bit_planes(planes[0], 1).view(2, 4, -1, PLANE).view(torch.int8)
+    shifts = constant((0, 2, 4, 6), torch.uint8, device).view(4, 1, 1)
+    # two bits under six ones are an int8 of q - 4; the bit of the high mask adds 4
+    low_minus_four = (planes[1:].unsqueeze(1) >> shifts).bitwise_or_(0xFC).view(torch.int8)
+    quants = torch.empty(blocks.shape[0], 2, 4, PLANE, dtype=torch.int8, device=device)
+    torch.add(low_minus_four.permute(2, 0, 1, 3), third.permute(2, 0, 1, 3), alpha=4, out=quants)
+    write(torch.mul, quants.view(-1, 16, 16), scales, out.view(-1, 16, 16))
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
     d, m = _scales_and_minimums(blocks)
-    quants = bit_planes(blocks[:, 16:].unflatten(1, (4, PLANE)), 4)
-    quants = quants.permute(1, 2, 0, 3).reshape(-1, 8, PLANE)
-    write(torch.sub, quants * d, m, out.view(-1, 8, PLANE))
+    quants = torch.empty(8, blocks.shape[0], PLANE, dtype=torch.uint8, device=blocks.device)
+    _write_nibbles(_planes(blocks[:, 16:]), quants)
+    write(torch.sub, quants.transpose(0, 1) * d, m, out.view(-1, 8, PLANE))
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
     d, m = _scales_and_minimums(blocks)
-    quants = bit_planes(blocks[:, 48:].unflatten(1, (4, PLANE)).transpose(0, 1), 4).transpose(0, 1)
-    fifth = bit_planes(blocks[:, 16:48], 1)
-    quants = quants.reshape(8, -1, PLANE).add_(fifth, alpha=16)
+    planes = _planes(blocks[:, 16:])
+    quants = torch.empty(8, blocks.shape[0], PLANE, dtype=torch.uint8, device=blocks.device)
+    _write_nibbles(planes[1:], quants)
+    quants.add_(bit_planes(planes[0], 1), alpha=16)
     write(torch.sub, quants.transpose(0, 1) * d, m, out.view(-1, 8, PLANE))
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    scales = blocks[:, 192:208].view(torch.int8) * halves(blocks, 208)
-    low = bit_planes(blocks[:, :128].unflatten(1, (2, 2, PLANE)).permute(1, 2, 0, 3), 4)
-    low = low.transpose(0, 1).reshape(8, -1, PLANE)
-    high = bit_planes(blocks[:, 128:192].unflatten(1, (2, PLANE)).transpose(0, 1), 2).transpose(0, 1)
-    quants = low.add_(high.reshape(8, -1, PLANE), alpha=16).view(torch.int8).sub_(32)
-    write(torch.mul, _in_order(quants).view(-1, 16, 16), scales.unsqueeze(-1), out.view(-1, 16, 16))
+    scales = (blocks[:, 192:208].view(torch.int8) * halves(blocks, 208)).view(-1, 16, 1)
+    planes = _planes(blocks[:, :192])
+    high = bit_planes(planes[4:], 2).transpose(0, 1)
+    quants = torch.empty(2, 4, blocks.shape[0], PLANE, dtype=torch.uint8, device=blocks.device)
+    low = planes[:4].view(2, 2, -1, PLANE)
+    torch.bitwise_and(low, 0x0F, out=quants[:, :2])
+    torch.bitwise_right_shift(low, 4, out=quants[:, 2:])
+    quants = quants.add_(high, alpha=16).view(torch.int8).sub_(32)
+    quants = quants.permute(2, 0, 1, 3).reshape(-1, 16, 16)
+    write(torch.mul, quants, scales, out.view(-1, 16, 16))
 
 
 FORMATS = (

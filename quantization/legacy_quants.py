@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .block_format import BFloat16Field, BlockFormat, HalfField
-from .block_ops import bit_planes, halves, write
+from .block_ops import constant, halves, write
 
 BLOCK = 32
+FIFTH_BITS = tuple((byte >> bit & 1) << 4 for byte in range(256) for bit in range(8))
 
 
 def _nibbles(qs: Tensor) -> Tensor:
@@ -23,8 +24,9 @@ def _nibbles(qs: Tensor) -> Tensor:
 
 def _five_bits(qh: Tensor, qs: Tensor) -> Tensor:
     """[n, 4] bytes of fifth bits and [n, 16] bytes of nibbles -> uint8 [n, 32] values of five bits."""
-    fifth = bit_planes(qh, 1).permute(1, 2, 0).reshape(-1, BLOCK)
-    return _nibbles(qs).add_(fifth, alpha=16)
+    table = constant(FIFTH_BITS, torch.uint8, qh.device).view(256, 8)
+    fifth = table.index_select(0, qh.reshape(-1).int())
+    return _nibbles(qs).add_(fifth.view(-1, BLOCK))
 
 
 def _bf16(blocks: Tensor, out: Tensor) -> None:

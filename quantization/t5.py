@@ -51,11 +51,12 @@ def encoder_config(state_dict: Mapping[str, Any]) -> dict[str, int]:
     layers = max(blocks, default=-1) + 1
     query = state_dict["encoder.block.0.layer.0.SelfAttention.q.weight"]
     heads = state_dict["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].shape[1]
+    needed = list(_OUTSIDE_BLOCKS.values())
     for block in range(layers):
-        for part in _IN_BLOCK.values():
-            name = f"encoder.block.{block}.{part}.weight"
-            if name not in state_dict and not (block and "relative_attention_bias" in name):
-                raise KeyError(name)
+        needed += [f"encoder.block.{block}.{part}.weight" for part in _IN_BLOCK.values()]
+    for name in needed:
+        if name not in state_dict and not ("relative_attention_bias" in name and ".block.0." not in name):
+            raise KeyError(name)
     return {
         "num_layers": layers,
         "d_model": query.shape[1],

@@ -14,17 +14,17 @@ SUPER_BLOCK = 256
 POWERS_OF_3 = (1, 3, 9, 27, 81)
 
 
-def _shifted_fractions(qs: Tensor, digits: int) -> Tensor:
-    """Bytes [n, k] -> uint8 [n, digits * k]: the fraction (modulo 1) that begins with each digit."""
-    powers = constant(POWERS_OF_3[:digits], torch.uint8, qs.device)
-    return (qs.unsqueeze(1) * powers.view(-1, 1)).flatten(1)
+def _digits(qs: Tensor, count: int) -> Tensor:
+    """Bytes [n, k] -> int16 [n, count * k] digits 0 to 2, all first digits before the second ones."""
+    powers = constant(POWERS_OF_3[:count], torch.int16, qs.device).view(-1, 1)
+    fractions = (qs.unsqueeze(1) * powers).bitwise_and_(0xFF)
+    return fractions.mul_(3).bitwise_right_shift_(8).flatten(1)
 
 
 def _tq1_0(blocks: Tensor, out: Tensor) -> None:
     parts = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
-    fractions = torch.cat([_shifted_fractions(qs, digits) for qs, digits in parts], dim=1)
-    digits = fractions.to(torch.int16).mul_(3).bitwise_right_shift_(8).sub_(1)
-    write(torch.mul, digits, halves(blocks, 52), out)
+    digits = torch.cat([_digits(qs, count) for qs, count in parts], dim=1)
+    write(torch.mul, digits.sub_(1), halves(blocks, 52), out)
 
 
 def _tq2_0(blocks: Tensor, out: Tensor) -> None:

@@ -63,7 +63,7 @@ MODEL_INPUTS: dict[str, ModelInput] = {
     "vae_name": ModelInput("vae", ("vae",)),
     "lora_name": ModelInput("lora", ("loras",)),
 }
-SMALL_SIZES = {"width": 224, "height": 128, "length": 33}
+SMALL_SIZES = {"width": 192, "height": 112, "length": 17}
 """Pixels and frames of the small run."""
 
 SMALL_STEPS = 4
@@ -78,7 +78,7 @@ def find_workflow(name: str) -> tuple[Prompt, dict[str, Any] | None]:
     ``name`` is one of workflows/ (with or without .json) or the path of a file. A file in UI format is run through
     its twin of the same name in the folder api beside it.
     """
-    path = Path(name) if name.endswith(".json") and Path(name).is_file() else WORKFLOWS / f"{Path(name).stem}.json"
+    path = Path(name) if Path(name).is_file() else WORKFLOWS / f"{name.removesuffix('.json')}.json"
     if not path.is_file():
         raise DemoError(f"There is no workflow {name}: use one of {', '.join(workflow_names())}, or a file's path.")
     content = read_json(path)
@@ -353,9 +353,9 @@ def enter_environment(options: argparse.Namespace, arguments: Sequence[str]) -> 
         os.execv(python, [str(python), os.path.abspath(__file__), *arguments])
 
 
-def stop(number: int, _: object) -> None:
+def stop(*_: object) -> None:
     """End as Ctrl-C does, so that the server is stopped."""
-    raise SystemExit(128 + number)
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str]) -> int:

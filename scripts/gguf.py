@@ -79,7 +79,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Print what a file holds, without decoding long arrays or tensors."""
     file = GGUFFile(options.file)
     if options.json:
-        print(json.dumps(_report(file), indent=2, allow_nan=False))
+        print(json.dumps(_report(file), indent=2))
         return
     size = file.path.stat().st_size
     print(f"{_printable(str(file.path))}: GGUF version {file.version}, {size} bytes")

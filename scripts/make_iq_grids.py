@@ -8,11 +8,12 @@ reproducible: ``python scripts/make_iq_grids.py`` and then ``git diff --stat`` s
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.pop(0)  # this folder has a gguf.py of its own, which would hide gguf-py
-from gguf import quants  # noqa: E402
+from gguf import quants
 
 TARGET = Path(__file__).resolve().parents[1] / "quantization" / "data" / "iq_grids.npz"
 NAMES = ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
@@ -27,7 +28,8 @@ def grid(name: str) -> np.ndarray:
 
 def main() -> None:
     temporary = TARGET.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **{name: grid(name) for name in NAMES})
+    grids: dict[str, Any] = {name: grid(name) for name in NAMES}
+    np.savez_compressed(temporary, **grids)
     os.replace(temporary, TARGET)
     print(f"{TARGET.name}: {TARGET.stat().st_size} bytes")
 

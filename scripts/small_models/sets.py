@@ -30,8 +30,16 @@ from .weights import Weight, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"
-_SOURCES = ("scripts/make_small_models.py", "scripts/small_models/*.py", "quantization/*.py", "quantization/data/*")
-_UNRELATED = "comfy_"  # what touches ComfyUI has no part in the files
+_SOURCES = (
+    "scripts/make_small_models.py",
+    "scripts/small_models/*.py",
+    "quantization/formats.py",
+    "quantization/block_*.py",
+    "quantization/*_quants.py",
+    "quantization/data/*",
+    "quantization/gguf_layout.py",
+    "quantization/gguf_writer.py",
+)
 
 
 @dataclass(frozen=True)
@@ -209,8 +217,6 @@ def sources_hash() -> str:
     digest = hashlib.sha256()
     for pattern in _SOURCES:
         for path in sorted(ROOT.glob(pattern)):
-            if path.name.startswith(_UNRELATED):
-                continue
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

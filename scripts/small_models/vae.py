@@ -22,8 +22,8 @@ BLOCKS_PER_LEVEL = 2
 TIME_DOWN = (False, True, True)
 
 Shape = tuple[int, ...]
-_LOW_PASS = {1: (1.0,), 3: (0.25, 0.5, 0.25)}
-_GAIN = 1.5  # makes up for what the low-pass profile takes away
+_LOW_PASS = {1: (1.0,), 3: (0.2, 0.6, 0.2)}
+_GAIN = 1.4  # makes up for what the low-pass profile takes away
 _GRAIN = 0.2
 _CONTRAST = 0.6  # keeps the picture clear of black and white
 

@@ -164,6 +164,7 @@ def test_data_off_its_alignment(tmp_path):
     path.write_bytes(head.ljust(64, b"\0") + b"pad" + values.tobytes())
     file = GGUFFile(path)
     assert file.tensors["t"].offset == 67
+    assert file.tensor("t").data_ptr() % 4 == 0
     assert file.tensor("t").tolist() == values.tolist()
     assert bytes(file.raw("t").tolist()) == values.tobytes()
 

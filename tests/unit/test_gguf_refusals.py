@@ -217,6 +217,10 @@ def test_a_huge_hole_does_not_take_long_to_refuse(tmp_path):
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair("k", ARRAY, array(STRING, 1 << 33)))
         file.truncate(1 << 37)
     assert f"announces {1 << 33} items in its metadata 'k'" in refusal(path)
+    for n_tensors, n_pairs, what in ((70_000, 0, "tensors"), (0, 70_000, "metadata entries")):
+        with open(path, "r+b") as file:
+            file.write(b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_pairs))
+        assert f"announces 70000 {what}" in refusal(path)
 
 
 def test_the_limit_on_strings_is_for_the_whole_file(tmp_path, monkeypatch):

@@ -24,13 +24,17 @@ import nodes  # noqa: E402, F401
 
 
 @pytest.fixture
-def model_folders(tmp_path, monkeypatch):
-    """Empty model folders in place of ComfyUI's own: name -> path."""
-    folders = {}
+def model_folders(tmp_path):
+    """Empty model folders in place of ComfyUI's own: name -> path. Lists are changed in place, since names share them."""
+    folders, before = {}, {}
     for name in ("diffusion_models", "text_encoders", "vae", "loras"):
         folders[name] = tmp_path / name
         folders[name].mkdir()
-        extensions = folder_paths.folder_names_and_paths[name][1]
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(folders[name])], extensions))
+        paths = folder_paths.folder_names_and_paths[name][0]
+        before[name] = paths[:]
+        paths[:] = [str(folders[name])]
     folder_paths.filename_list_cache.clear()
-    return folders
+    yield folders
+    for name, paths in before.items():
+        folder_paths.folder_names_and_paths[name][0][:] = paths
+    folder_paths.filename_list_cache.clear()

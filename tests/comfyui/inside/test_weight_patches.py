@@ -7,9 +7,8 @@ import comfy.utils
 import pytest
 import torch
 from apple_silicon_video.quantization.tensor import QuantizedWeight
+from comfy_extras import nodes_model_merging
 from small_models import ADAPTERS, published_lora, wan_lora
-
-import nodes
 
 from .wan import apply_lora, forward, pair
 
@@ -99,7 +98,7 @@ def test_patch_is_rounded_once_in_half_precision(models, dtype):
 def test_model_merge(tmp_path, ratio):
     ours_a, core_a = pair(tmp_path, VARIANT, "Q5_K_M")
     ours_b, core_b = pair(tmp_path, VARIANT, "Q3_K", seed=99)
-    merge = nodes.NODE_CLASS_MAPPINGS["ModelMergeSimple"]().merge
+    merge = nodes_model_merging.ModelMergeSimple().merge
     reference = forward(merge(core_a, core_b, ratio)[0])
     torch.testing.assert_close(forward(merge(ours_a, ours_b, ratio)[0]), reference, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(forward(merge(ours_a, core_b, ratio)[0]), reference, rtol=1e-4, atol=1e-5)
@@ -109,8 +108,8 @@ def test_model_merge(tmp_path, ratio):
 def test_model_subtract_and_add(tmp_path):
     ours_a, core_a = pair(tmp_path, VARIANT, "Q5_K_M")
     ours_b, core_b = pair(tmp_path, VARIANT, "Q3_K", seed=99)
-    for name, arguments in (("ModelMergeSubtract", (0.5,)), ("ModelMergeAdd", ())):
-        merge = nodes.NODE_CLASS_MAPPINGS[name]().merge
+    subtract, add = nodes_model_merging.ModelSubtract(), nodes_model_merging.ModelAdd()
+    for merge, arguments in ((subtract.merge, (0.5,)), (add.merge, ())):
         reference = forward(merge(core_a, core_b, *arguments)[0])
         torch.testing.assert_close(forward(merge(ours_a, ours_b, *arguments)[0]), reference, rtol=1e-4, atol=1e-5)
 
