@@ -39,7 +39,7 @@ class ReleaseReport:
         for label, name in ROWS:
             before, after = getattr(self.before, name), getattr(self.after, name)
             if before is not None and after is not None:
-                change = (after - before) / GIB
+                change = round((after - before) / GIB, 2) + 0.0  # no -0.00
                 lines.append(f"{label}: {before / GIB:.2f} GiB before, {after / GIB:.2f} GiB after ({change:+.2f})")
         if self.after.recommended is not None:
             lines.append(f"Recommended working set: {self.after.recommended / GIB:.2f} GiB")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import folder_paths
-import nodes as core_nodes
 from comfy_api.latest import io
+
+import nodes as core_nodes
 
 from .folders import model_files, model_path
 
@@ -42,9 +43,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[
-                io.Model.Output(tooltip="The model, for samplers, LoRA loaders and ModelSampling nodes.")
-            ],
+            outputs=[io.Model.Output(tooltip="The model, for samplers, LoRA loaders and ModelSampling nodes.")],
         )
 
     @classmethod
@@ -77,7 +76,7 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "type",
-                    options=core_nodes.CLIPLoader.INPUT_TYPES()["required"]["type"][0],
+                    options=core_nodes.CLIPLoader.INPUT_TYPES()["required"]["type"][0],  # type: ignore[attr-defined]
                     default="wan",
                     tooltip="The family of models the encoder is for: wan for Wan 2.1 and 2.2.",
                 ),

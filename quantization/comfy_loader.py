@@ -55,7 +55,8 @@ def _gguf_state_dict(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tens
     state_dict: dict[str, torch.Tensor] = {}
     for name, info in file.tensors.items():
         if info.type_name in FORMATS and info.type_name != "BF16":
-            state_dict[name] = QuantizedWeight(file.raw(name), FORMATS[info.type_name], info.shape, dtype)
+            shape = info.original_shape or info.shape
+            state_dict[name] = QuantizedWeight(file.raw(name), FORMATS[info.type_name], shape, dtype)
         else:
             state_dict[name] = file.tensor(name)
     return _with_conv3d_shapes(state_dict)
@@ -139,9 +140,7 @@ def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dy
     if dtype is not None:
         options["dtype"] = dtype
     try:
-        patcher = comfy.sd.load_diffusion_model_state_dict(
-            state_dict, model_options=options, disable_dynamic=True
-        )
+        patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, disable_dynamic=True)
     except KeyError as error:
         raise ModelFileError(
             f"{path.name} lacks {error.args[0]}, by which its model is recognised: the file is incomplete, "
@@ -159,9 +158,7 @@ def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dy
     _require_all_weights(path, patcher.model, names)
     adopted = QuantizedModelPatcher.adopt(patcher)
     adopted.cached_patcher_init = (_load_gguf_diffusion_model, (path, dtype))
-    logging.info(
-        "%s: %s, %d tensors, %s", path.name, type(adopted.model).__name__, len(names), _type_summary(file)
-    )
+    logging.info("%s: %s, %d tensors, %s", path.name, type(adopted.model).__name__, len(names), _type_summary(file))
     return adopted
 
 
@@ -198,9 +195,7 @@ def _unknown_model(path: Path, what: str) -> ModelFileError:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    detail = next(
-        (line for line in lines if "has shape" in line or "size mismatch" in line), lines[0] if lines else ""
-    )
+    detail = next((line for line in lines if "has shape" in line or "size mismatch" in line), lines[0] if lines else "")
     return detail[:200].rstrip(".: ") or type(error).__name__
 
 
@@ -212,9 +207,7 @@ class _one_sentence:
 
     def __enter__(self) -> None:
         if not self.path.exists():
-            raise ModelFileError(
-                f"{self.path.name} is missing or a broken link: put the file back or choose another."
-            )
+            raise ModelFileError(f"{self.path.name} is missing or a broken link: put the file back or choose another.")
         if self.path.is_dir():
             raise ModelFileError(f"{self.path.name} is a folder, not a model file: choose the file in it.")
         if self.path.stat().st_size == 0:
@@ -273,9 +266,7 @@ def _encoder_device(on_cpu: bool, dtypes: Iterable[torch.dtype]) -> dict[str, An
     if on_cpu:
         return {"load_device": cpu, "offload_device": cpu, "initial_device": cpu}
     device = comfy.model_management.get_torch_device()
-    if device.type != "mps" or not all(
-        comfy.model_management.supports_cast(device, dtype) for dtype in dtypes
-    ):
+    if device.type != "mps" or not all(comfy.model_management.supports_cast(device, dtype) for dtype in dtypes):
         return {}
     return {"load_device": device, "offload_device": cpu, "initial_device": cpu}
 
@@ -286,16 +277,14 @@ def _diffusion_model_given(path: Path) -> ModelFileError:
     )
 
 
-def _load_gguf_text_encoder(
-    path: Path, kind: Any, embedding_folders: list[str] | None, options: dict[str, Any]
-) -> Any:
+def _load_gguf_text_encoder(path: Path, kind: Any, embedding_folders: list[str] | None, options: dict[str, Any]) -> Any:
     file = GGUFFile(path)
     if file.architecture not in t5.ARCHITECTURES:
         if _starts_with_any(file.tensors, _DIFFUSION_KEYS):
             raise _diffusion_model_given(path)
         raise ModelFileError(
-            f"{path.name} has the architecture {file.architecture!r}, and only T5 and UMT5 encoders are read from GGUF: "
-            "choose a umt5-xxl-encoder file, or load this encoder from safetensors."
+            f"{path.name} has the architecture {file.architecture!r}, and only T5 and UMT5 are read from GGUF: "
+            "choose a umt5-xxl-encoder file, or load this one from safetensors."
         )
     by_llama_name = _gguf_state_dict(file, torch.float16)
     renamed = ((t5.transformers_name(name), tensor) for name, tensor in by_llama_name.items())
@@ -347,9 +336,7 @@ def _umt5_clip(
             f"{path.name} has no vocabulary ({error.args[0]} is absent): use a conversion that includes the tokenizer."
         ) from None
     except ValueError as error:
-        raise ModelFileError(
-            f"{path.name} cannot be used for Wan: {error}; choose a umt5-xxl-encoder file."
-        ) from None
+        raise ModelFileError(f"{path.name} cannot be used for Wan: {error}; choose a umt5-xxl-encoder file.") from None
     target = SimpleNamespace(
         params={},
         clip=comfy.text_encoders.wan.te(dtype_t5=torch.float32),
@@ -379,14 +366,10 @@ def load_vae(path: Path, dtype: torch.dtype | None = None) -> Any:
     """
     path = Path(path)
     if path.suffix.lower() == GGUF_SUFFIX:
-        raise ModelFileError(
-            f"{path.name} is a GGUF file, and VAEs come as safetensors: choose the .safetensors file."
-        )
+        raise ModelFileError(f"{path.name} is a GGUF file, and VAEs come as safetensors: choose the .safetensors file.")
     with _one_sentence(path):
         state_dict, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         vae = comfy.sd.VAE(sd=state_dict, dtype=dtype, metadata=metadata)
     if vae.first_stage_model is None:
-        raise ModelFileError(
-            f"{path.name} is no VAE that this ComfyUI knows: choose a file made for models/vae."
-        )
+        raise ModelFileError(f"{path.name} is no VAE that this ComfyUI knows: choose a file made for models/vae.")
     return vae

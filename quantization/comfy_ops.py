@@ -144,9 +144,7 @@ class QuantizedOps(comfy.ops.manual_cast):
         ) -> None:
             super().__init__(num_embeddings, embedding_dim, *args, device="meta", dtype=dtype, **kwargs)
 
-        def forward(
-            self, input: torch.Tensor, out_dtype: torch.dtype | None = None, **kwargs: Any
-        ) -> torch.Tensor:
+        def forward(self, input: torch.Tensor, out_dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
             weight = self.weight
             assert isinstance(weight, QuantizedWeight)
             dtype = out_dtype or weight.dtype

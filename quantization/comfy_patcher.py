@@ -21,7 +21,7 @@ from .tensor import QuantizedWeight
 
 def _on_device(value: Any, device: torch.device) -> Any:
     """A copy of a patch's tensors on ``device``; merge operands (lists) and quantised weights stay where they are."""
-    if isinstance(value, QuantizedWeight) or isinstance(value, list):
+    if isinstance(value, (QuantizedWeight, list)):
         return value
     if isinstance(value, torch.Tensor):
         return value.to(device)
@@ -84,7 +84,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
     def adopt(cls, patcher: comfy.model_patcher.ModelPatcher) -> QuantizedModelPatcher:
         """Take over a freshly loaded model from ``patcher``, which must not be used afterwards."""
         adopted = cls.__new__(cls)
-        vars(adopted).update(vars(patcher))
+        adopted.__dict__.update(patcher.__dict__)
         return adopted
 
     def _layer(self, key: str) -> Any:
@@ -148,9 +148,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         layer = self._layer(key)
         if layer is None:
-            return super().patch_hook_weight_to_device(
-                hooks, combined_patches, key, original_weights, memory_counter
-            )
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         if key not in combined_patches:
             return None
         patch = HookPatch(key, combined_patches[key], {key: original_weights.pop(key)})
@@ -187,9 +185,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
             if isinstance(value, QuantizedWeight):
                 name = key.removeprefix("model.").removeprefix("diffusion_model.")
                 source = keys.get(name)
-                dense = (
-                    self.patch_weight_to_device(source, return_weight=True) if source else value.dequantize()
-                )
+                dense = self.patch_weight_to_device(source, return_weight=True) if source else value.dequantize()
                 saved[key] = dense.to("cpu")
         return saved
 

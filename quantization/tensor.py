@@ -40,7 +40,7 @@ class QuantizedWeight(torch.Tensor):
     Args:
         blocks: uint8, the blocks of all rows one after another; any device; never written to.
         block_format: how to decode them.
-        shape: logical shape; its last dimension is a whole number of blocks.
+        shape: logical shape; as a whole, and usually in each row, a whole number of blocks.
         dtype: the floating-point dtype reported and decoded to by default.
         home: the blocks as they lie in the file (a view of the mapping). Moving back to the CPU returns to these
             instead of copying from the device.
@@ -50,7 +50,7 @@ class QuantizedWeight(torch.Tensor):
     _format: BlockFormat | PlainFormat
     _home: torch.Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -101,7 +101,7 @@ class QuantizedWeight(torch.Tensor):
         blocks = self._blocks if device is None else self._blocks.to(device)
         if isinstance(self._format, PlainFormat):
             return blocks.view(-1).view(self._format.dtype).view(self.shape).to(dtype)
-        return dequantize(blocks, self._format, self.shape, dtype)
+        return dequantize(blocks, self._format, (self.numel(),), dtype).view(self.shape)
 
     def dequantize_rows(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode only ``rows`` (integer indices of any shape) of a 2-D weight: ``[*rows.shape, columns]``."""
@@ -123,22 +123,31 @@ class QuantizedWeight(torch.Tensor):
             return QuantizedWeight(self._home, self._format, self.shape, self.dtype, self._home)
         return QuantizedWeight(self._blocks.to(device), self._format, self.shape, self.dtype, self._home)
 
+    def rows_are_blocks(self) -> bool:
+        """Whether each row (first dimension) is a whole number of blocks, so that rows can be taken as they are."""
+        size = 1 if isinstance(self._format, PlainFormat) else self._format.block_size
+        return self.dim() > 0 and self.shape[1:].numel() % size == 0
+
     def rows(self, start: int, stop: int) -> QuantizedWeight:
-        """A view of rows ``start`` to ``stop`` (first dimension), still quantised."""
+        """A view of rows ``start`` to ``stop``, still quantised; for weights whose rows are blocks."""
         row_bytes = self._blocks.numel() // self.shape[0]
         cut = slice(start * row_bytes, stop * row_bytes)
         home = None if self._home is None else self._home.reshape(-1)[cut]
         shape = (stop - start, *self.shape[1:])
         return QuantizedWeight(self._blocks.reshape(-1)[cut], self._format, shape, self.dtype, home)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QuantizedWeight({self._format.name}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"QuantizedWeight({self._format.name}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        )
 
     def __deepcopy__(self, memo: dict) -> QuantizedWeight:
         return memo.setdefault(id(self), self.with_dtype(self.dtype))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         if rule is not None:
@@ -177,11 +186,7 @@ def _copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fals
     if not isinstance(target, QuantizedWeight):
         assert isinstance(source, QuantizedWeight)
         return target.copy_(source.on_device(target.device).dequantize(target.dtype))
-    if (
-        isinstance(source, QuantizedWeight)
-        and source._format is target._format
-        and source.shape == target.shape
-    ):
+    if isinstance(source, QuantizedWeight) and source._format is target._format and source.shape == target.shape:
         moved = source.on_device(target.device)
         target._blocks, target._home = moved._blocks, moved._home
         return target
@@ -200,14 +205,14 @@ def _like(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def _slice(
     weight: QuantizedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    if dim % weight.dim() != 0 or step != 1:
+    if dim % weight.dim() != 0 or step != 1 or not weight.rows_are_blocks():
         return NotImplemented
     first, last, _ = slice(start, end).indices(weight.shape[0])
     return weight.rows(first, max(first, last))
 
 
 def _split(weight: QuantizedWeight, sizes: int | Sequence[int], dim: int = 0) -> Any:
-    if dim % weight.dim() != 0:
+    if dim % weight.dim() != 0 or not weight.rows_are_blocks():
         return NotImplemented
     count = weight.shape[0]
     if isinstance(sizes, int):
@@ -220,11 +225,13 @@ def _split(weight: QuantizedWeight, sizes: int | Sequence[int], dim: int = 0) ->
 
 
 def _embedding(weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> Any:
-    return weight.dequantize_rows(indices) if isinstance(weight, QuantizedWeight) else NotImplemented
+    by_row = isinstance(weight, QuantizedWeight) and weight.rows_are_blocks()
+    return weight.dequantize_rows(indices) if by_row else NotImplemented
 
 
 def _index_select(weight: QuantizedWeight, dim: int, index: torch.Tensor) -> Any:
-    return weight.dequantize_rows(index) if dim % weight.dim() == 0 and weight.dim() == 2 else NotImplemented
+    by_row = weight.dim() == 2 and dim % 2 == 0 and weight.rows_are_blocks()
+    return weight.dequantize_rows(index) if by_row else NotImplemented
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

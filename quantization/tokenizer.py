@@ -7,8 +7,7 @@ runtime is required.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,20 +33,17 @@ def _bytes(field: int, value: bytes) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(value)) + value
 
 
-def _pieces(tokens: Iterable[str], scores: Iterable[float], kinds: Iterable[int]) -> bytes:
-    parts = []
-    for token, score, kind in zip(tokens, scores, kinds):
+def _pieces(tokens: list[str], scores: np.ndarray, kinds: np.ndarray) -> bytes:
+    """The repeated field ``pieces``. UMT5 has 256,384 of them, so lengths and types come from tables."""
+    lengths = [_varint(length) for length in range(256)]
+    types = {int(kind): _integer(3, int(kind)) for kind in np.unique(kinds)}
+    packed = scores.astype("<f4").tobytes()
+    parts: list[bytes] = []
+    for index, (token, kind) in enumerate(zip(tokens, kinds.tolist())):
         text = token.encode("utf-8", "surrogateescape")
-        piece = (
-            b"\x0a"
-            + _varint(len(text))
-            + text
-            + b"\x15"
-            + struct.pack("<f", score)
-            + b"\x18"
-            + _varint(int(kind))
-        )
-        parts.append(b"\x0a" + _varint(len(piece)) + piece)
+        length = lengths[len(text)] if len(text) < 256 else _varint(len(text))
+        piece = b"\x0a" + length + text + b"\x15" + packed[4 * index : 4 * index + 4] + types[kind]
+        parts += (b"\x0a", lengths[len(piece)] if len(piece) < 256 else _varint(len(piece)), piece)
     return b"".join(parts)
 
 
@@ -60,9 +56,7 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "t5":
-        raise ValueError(
-            f"its tokenizer is of the kind {kind!r}, not the SentencePiece unigram ('t5') of T5 models"
-        )
+        raise ValueError(f"its tokenizer is of the kind {kind!r}, not the SentencePiece unigram ('t5') of T5 models")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     scores = np.asarray(metadata["tokenizer.ggml.scores"], dtype=np.float32)
     kinds = np.asarray(metadata["tokenizer.ggml.token_type"], dtype=np.int32)
@@ -84,4 +78,4 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     normalizer += _integer(3, int(metadata.get("tokenizer.ggml.add_space_prefix", True)))
     normalizer += _integer(4, int(metadata.get("tokenizer.ggml.remove_extra_whitespaces", True)))
     normalizer += _integer(5, 1)
-    return _pieces(tokens, scores.tolist(), kinds.tolist()) + _bytes(2, trainer) + _bytes(3, normalizer)
+    return _pieces(tokens, scores, kinds) + _bytes(2, trainer) + _bytes(3, normalizer)

@@ -45,8 +45,8 @@ FILES = {
     ),
 }
 NEGATIVE = (
-    "overexposed, static, blurry details, subtitles, painting, still picture, overall grey, worst quality, low quality, "
-    "JPEG artifacts, ugly, deformed, extra fingers, poorly drawn hands, poorly drawn face, walking backwards"
+    "overexposed, static, blurry details, subtitles, painting, still picture, overall grey, worst quality, "
+    "low quality, JPEG artifacts, ugly, deformed, extra fingers, poorly drawn hands, poorly drawn face"
 )
 MODEL, CLIP, VAE = [("MODEL", "MODEL")], [("CLIP", "CLIP")], [("VAE", "VAE")]
 CONDITIONING, LATENT, IMAGE = [("CONDITIONING", "CONDITIONING")], [("LATENT", "LATENT")], [("IMAGE", "IMAGE")]
@@ -86,7 +86,7 @@ def _shift(model: Node, shift: float) -> Node:
 
 
 def _save(images: Node, prefix: str, fps: float) -> Node:
-    widgets = {"filename_prefix": prefix, "fps": fps, "format": "h264-mp4", "quality": "standard"}
+    widgets = {"fps": fps, "filename_prefix": prefix, "format": "h264-mp4", "quality": "standard"}
     outputs = [("video", "VIDEO"), ("path", "STRING")]
     return Node("MPSSaveVideo", {"images": (images, 0)}, widgets, outputs, width=460, height=500)
 

@@ -41,7 +41,8 @@ Needs Python 3.10 or later and, the first time, the network. Makes these folders
   .cache/demo           the server's own folders: custom_nodes with a link to this repository, input, output with
                         the MP4, user, temp, and its log comfyui.log
   .cache/logs           what pip and the model maker printed
-Outside the repository only pip's download cache changes; a ComfyUI of your own and its models are only read.
+Outside the repository only pip's download cache and the system's temporary folder change; a ComfyUI of your own
+and its models are only read.
 
 Workflows: {workflows}"""
 

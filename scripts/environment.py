@@ -231,24 +231,24 @@ def make_venv() -> None:
     parent = select_python(candidate_pythons())
     torch = installed_torch(parent)
     say(f"Making {VENV} with {shutil.which(parent)}{f' and its torch {torch}' if torch else ''} ...")
-    options = ["--clear", *(["--system-site-packages"] if torch else [])]
+    folders = environment_folders(parent) if torch else ""
+    options = ["--clear", *(["--system-site-packages"] if torch and not folders else [])]
     result = run([parent, "-m", "venv", *options, VENV])
     if result.returncode:
         reason = last_error(result.stdout + result.stderr)
         raise SetupError(f"{parent} could not make {VENV} ({reason}): check disk space and permissions.")
-    if torch:
-        show_parent_packages(parent)
+    if folders:
+        (site_packages() / "parent_environment.pth").write_text(folders)
 
 
-def show_parent_packages(parent: str) -> None:
-    """Put a parent's packages on the environment's path if the parent is a virtual environment itself.
+def environment_folders(python: str) -> str:
+    """Return the package folders of an interpreter that is a virtual environment's, one to a line, else "".
 
-    Python's own switch (system-site-packages) reaches the interpreter below it only.
+    Named in a .pth file they can be seen from an environment made with that interpreter; Python's own switch for
+    that (system-site-packages) passes over them, to the interpreter that both are based on.
     """
     listing = "import site, sys; sys.prefix != sys.base_prefix and print(*site.getsitepackages(), sep='\\n')"
-    folders = output_of([parent, "-c", listing])
-    if folders:
-        (site_packages() / "parent_environment.pth").write_text(folders + "\n")
+    return output_of([python, "-c", listing]) or ""
 
 
 def site_packages() -> Path:

@@ -236,11 +236,26 @@ def test_lock_lets_one_run_in_at_a_time(checkout, tmp_path):
     assert order.read_text().split() == ["first", "other"]
 
 
-def test_parent_environment_stays_in_sight(checkout, tmp_path, monkeypatch):
-    """A torch of a virtual environment is out of reach of system-site-packages, so its folder is named in a .pth."""
+def test_torch_of_a_parent_stays_in_sight(checkout, tmp_path, monkeypatch):
+    """system-site-packages does for an ordinary interpreter; an environment's own packages are named in a .pth."""
     parent = tmp_path / "parent" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "parent"], check=True)
+    folder = Path(environment.environment_folders(str(parent)))
+    assert folder.is_dir() and folder.is_relative_to(tmp_path / "parent" / "lib")
+
+    made = []
+
+    def note(command):
+        made.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(environment, "probe_python", lambda _: None)
+    monkeypatch.setattr(environment, "select_python", lambda _: str(parent))
     monkeypatch.setattr(environment, "site_packages", lambda: tmp_path)
-    environment.show_parent_packages(str(parent))
-    (folder,) = (tmp_path / "parent_environment.pth").read_text().splitlines()
-    assert folder.startswith(str(tmp_path / "parent" / "lib")) and Path(folder).is_dir()
+    monkeypatch.setattr(environment, "run", note)
+    for torch, folders in (("2.8.0", str(folder)), ("2.8.0", ""), (None, str(folder))):
+        monkeypatch.setattr(environment, "installed_torch", lambda _, torch=torch: torch)
+        monkeypatch.setattr(environment, "environment_folders", lambda _, folders=folders: folders)
+        environment.make_venv()
+    assert (tmp_path / "parent_environment.pth").read_text() == str(folder)
+    assert ["--system-site-packages" in command for command in made] == [False, True, False]

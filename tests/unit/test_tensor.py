@@ -113,3 +113,13 @@ def test_two_views_with_different_dtypes_do_not_affect_each_other(weight):
     other = weight.with_dtype(torch.float32)
     assert (weight.dtype, other.dtype) == (torch.bfloat16, torch.float32)
     assert weight.dequantize().dtype == torch.bfloat16 and other.dequantize().dtype == torch.float32
+
+
+def test_rows_that_are_no_whole_blocks_are_decoded_as_a_whole():
+    block_format = FORMATS["Q5_K"]
+    blocks = random_blocks(block_format, 9, seed=2).reshape(-1)
+    weight = QuantizedWeight(blocks, block_format, (16, 16, 3, 3))
+    reference = dequantize(blocks, block_format, (9 * 256,)).view(16, 16, 3, 3)
+    assert torch.equal(weight.dequantize(), reference)
+    assert torch.equal(weight[3:7], reference[3:7]) and not isinstance(weight[3:7], QuantizedWeight)
+    assert torch.equal(torch.empty(16, 16, 3, 3).copy_(weight), reference)

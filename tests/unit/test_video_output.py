@@ -8,8 +8,11 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
 import pytest
 from apple_silicon_video.tests.unit.video_clips import FORMAT, SOFTWARE, clip, decode, leftovers, number_in, save
 from apple_silicon_video.video import encoding
@@ -239,6 +242,15 @@ def test_an_encoder_that_gives_up_is_replaced(tmp_path, monkeypatch, caplog):
     with pytest.raises(VideoError, match="session lost"):
         save(tmp_path / "b.mp4", iter(clip(7)), video_format=twice)
     assert leftovers(tmp_path) == ["a.mp4"]
+
+
+def test_every_packet_lasts_one_frame():
+    """Not every encoder says how long a picture lasts, and the last one's length is nowhere else."""
+    packet = av.Packet(4)
+    packet.time_base = Fraction(1, 90000)
+    context = SimpleNamespace(framerate=Fraction(30000, 1001))
+    stream = SimpleNamespace(codec_context=context, encode=lambda picture: [packet])
+    assert [packet.duration for packet in encoding._packets(stream, None)] == [3003]
 
 
 def test_videotoolbox_comes_first_on_a_mac_only(monkeypatch):

@@ -15,7 +15,7 @@ sys.argv = ["main.py", "--cpu"]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401
+import comfy.cli_args  # noqa: E402
 
 sys.argv = _arguments
 import folder_paths  # noqa: E402
@@ -25,7 +25,7 @@ import nodes  # noqa: E402, F401
 
 @pytest.fixture
 def model_folders(tmp_path):
-    """Empty model folders in place of ComfyUI's own: name -> path. Lists are changed in place, since names share them."""
+    """Empty model folders in place of ComfyUI's own: name -> path; lists are changed in place, as names share them."""
     folders, before = {}, {}
     for name in ("diffusion_models", "text_encoders", "vae", "loras"):
         folders[name] = tmp_path / name

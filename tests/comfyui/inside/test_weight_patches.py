@@ -155,7 +155,7 @@ def forward_loaded(patcher):
 
 
 def test_saving_a_patched_model_writes_dense_weights(tmp_path):
-    ours, core = pair(tmp_path, VARIANT, "Q5_K_M")
+    ours, _ = pair(tmp_path, VARIANT, "Q5_K_M")
     lora = wan_lora(VARIANT, "lora")
     patched = apply_lora(ours, lora, 0.5)
     expected = forward(patched)
