@@ -55,8 +55,8 @@ def _gguf_state_dict(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tens
     state_dict: dict[str, torch.Tensor] = {}
     for name, info in file.tensors.items():
         if info.type_name in FORMATS and info.type_name != "BF16":
-            shape = info.original_shape or info.shape
-            state_dict[name] = QuantizedWeight(file.raw(name), FORMATS[info.type_name], shape, dtype)
+            block_format = FORMATS[info.type_name]
+            state_dict[name] = QuantizedWeight(file.raw(name), block_format, info.original_shape, dtype)
         else:
             state_dict[name] = file.tensor(name)
     return _with_conv3d_shapes(state_dict)
@@ -297,16 +297,22 @@ def _load_gguf_text_encoder(path: Path, kind: Any, embedding_folders: list[str] 
         ) from None
 
     options = {**options, "custom_operations": QuantizedOps}
-    if kind == comfy.sd.CLIPType.WAN:
-        clip = _umt5_clip(path, file, state_dict, config, embedding_folders, options)
-    else:
-        clip = comfy.sd.load_text_encoder_state_dicts(
-            [state_dict],
-            embedding_directory=embedding_folders,
-            clip_type=kind,
-            model_options=options,
-            disable_dynamic=True,
-        )
+    try:
+        if kind == comfy.sd.CLIPType.WAN:
+            clip = _umt5_clip(path, file, state_dict, config, embedding_folders, options)
+        else:
+            clip = comfy.sd.load_text_encoder_state_dicts(
+                [state_dict],
+                embedding_directory=embedding_folders,
+                clip_type=kind,
+                model_options=options,
+                disable_dynamic=True,
+            )
+    except RuntimeError as error:
+        raise ModelFileError(
+            f"{path.name} does not fit the text encoder of {kind.name.lower()} ({_first_line(error)}): "
+            "choose the type that belongs to this file, or another conversion."
+        ) from None
     missing = {name for name, parameter in clip.cond_stage_model.named_parameters() if parameter.is_meta}
     if missing:
         raise ModelFileError(
@@ -327,8 +333,13 @@ def _umt5_clip(
 ) -> Any:
     """Core's Wan text encoder with the file's own size and vocabulary.
 
-    Core recognises a UMT5-XXL by its 24th layer; a file's metadata says what it is, so encoders of any depth load.
+    Core recognises a UMT5-XXL by its 24th layer; here the file's tensors say what it is, so encoders of any depth load.
     """
+    if not t5.is_umt5(state_dict, config["num_layers"]):
+        raise ModelFileError(
+            f"{path.name} is a T5 encoder, and Wan needs a UMT5: choose a umt5-xxl-encoder file, or the type that "
+            "belongs to this one."
+        )
     try:
         vocabulary = sentencepiece_model(file.metadata)
     except KeyError as error:
@@ -342,20 +353,15 @@ def _umt5_clip(
         clip=comfy.text_encoders.wan.te(dtype_t5=torch.float32),
         tokenizer=comfy.text_encoders.wan.WanT5Tokenizer,
     )
-    try:
-        return comfy.sd.CLIP(
-            target,
-            embedding_directory=embedding_folders,
-            tokenizer_data={"spiece_model": torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)},
-            parameters=sum(tensor.numel() for tensor in state_dict.values()),
-            state_dict=[state_dict],
-            model_options={**options, "umt5xxl_model_config": config},
-            disable_dynamic=True,
-        )
-    except RuntimeError as error:
-        raise ModelFileError(
-            f"{path.name} does not fit a UMT5 encoder ({_first_line(error)}): use another conversion."
-        ) from None
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=embedding_folders,
+        tokenizer_data={"spiece_model": torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)},
+        parameters=sum(tensor.numel() for tensor in state_dict.values()),
+        state_dict=[state_dict],
+        model_options={**options, "umt5xxl_model_config": config},
+        disable_dynamic=True,
+    )
 
 
 def load_vae(path: Path, dtype: torch.dtype | None = None) -> Any:

@@ -65,3 +65,9 @@ def encoder_config(state_dict: Mapping[str, Any]) -> dict[str, int]:
         "d_ff": state_dict["encoder.block.0.layer.1.DenseReluDense.wi_1.weight"].shape[0],
         "vocab_size": state_dict["shared.weight"].shape[0],
     }
+
+
+def is_umt5(state_dict: Mapping[str, Any], layers: int) -> bool:
+    """Whether every layer has its own relative attention bias, as in UMT5; T5 has one, in its first layer."""
+    name = _IN_BLOCK["attn_rel_b"]
+    return all(f"encoder.block.{block}.{name}.weight" in state_dict for block in range(layers))

@@ -32,12 +32,12 @@ def nodes():
 def refusal(nodes, model_folders):
     """refusal(node id, folder, write) -> the sentence with which the node refuses the file that ``write`` makes."""
 
-    def refuse(node_id, folder, write, name="file.gguf"):
+    def refuse(node_id, folder, write, name="file.gguf", arguments=()):
         path = model_folders[folder] / name
         write(path)
         before = sorted(path.parent.rglob("*"))
         with pytest.raises(Exception) as caught:
-            nodes[node_id].execute(name)
+            nodes[node_id].execute(name, *arguments)
         sentence = str(caught.value)
         assert name in sentence and sentence.endswith(".")
         assert "\n" not in sentence and len(sentence) < 400
@@ -77,8 +77,8 @@ def unknown(path):
     writer.write()
 
 
-def encoder(path):
-    write_encoder_gguf(path, ENCODERS["umt5"], encoder_weights(ENCODERS["umt5"], "Q5_K_M"), "Q5_K_M")
+def encoder(path, name="umt5"):
+    write_encoder_gguf(path, ENCODERS[name], encoder_weights(ENCODERS[name], "Q5_K_M"), "Q5_K_M")
 
 
 def encoder_without(*names):
@@ -178,6 +178,7 @@ ENCODER_GGUF = {
         lambda path: wan_file(path, architecture=None),
         r"diffusion model.*Load Diffusion Model \(MPS\)",
     ),
+    "plain T5": (lambda path: encoder(path, "t5"), "T5 encoder, and Wan needs a UMT5"),
     "language model": (llm, "'llama'.*only T5 and UMT5 are"),
     "missing weight": (encoder_without("enc.blk.0.ffn_up.weight"), "lacks the encoder weight.*wi_1"),
     "missing norm": (encoder_without("enc.output_norm.weight"), "final_layer_norm"),
@@ -190,6 +191,12 @@ ENCODER_GGUF = {
 def test_text_encoder_loader_refuses_gguf(refusal, case):
     write, says = ENCODER_GGUF[case]
     assert re.search(says, refusal("MPSLoadTextEncoder", "text_encoders", write))
+
+
+@pytest.mark.parametrize("clip_type", ["flux", "sd3", "stable_audio"])
+def test_text_encoder_of_another_family_is_refused(refusal, clip_type):
+    sentence = refusal("MPSLoadTextEncoder", "text_encoders", encoder, arguments=(clip_type,))
+    assert "does not fit the text encoder" in sentence or "choose the type" in sentence
 
 
 ENCODER_SAFETENSORS = {
