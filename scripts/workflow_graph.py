@@ -10,8 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-COLUMN, GAP = 400, 40
+GAP = 40
 HEADER, ROW = 40, 26
+VISIBLE_WIDTH = 1760
+MARGINS = (110, 200)
 
 
 @dataclass
@@ -119,13 +121,15 @@ class Graph:
             "links": links,
             "groups": groups,
             "config": {},
-            "extra": {"ds": {"scale": self._scale(), "offset": [60, 140]}},
+            "extra": {"ds": self._view()},
             "version": 0.4,
         }
 
-    def _scale(self) -> float:
+    def _view(self) -> dict[str, Any]:
+        """Zoom and offset with which the whole graph is seen, clear of the front end's own bars, at 1920 x 1080."""
         width = sum(max(n.width for n in nodes) + 2 * GAP for _, nodes in self.columns)
-        return math.floor(min(1.0, 1800 / width) * 100) / 100
+        scale = math.floor(min(1.0, VISIBLE_WIDTH / width) * 100) / 100
+        return {"scale": scale, "offset": [round(margin / scale) for margin in MARGINS]}
 
     def to_api(self) -> dict[str, Any]:
         """The graph as /prompt takes it."""

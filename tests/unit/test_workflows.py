@@ -1,0 +1,36 @@
+"""The committed workflow files are what the builder makes, and name files that can be found."""
+
+import json
+
+import build_workflows
+import pytest
+
+FILES = build_workflows.workflow_files()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(build_workflows.WORKFLOWS).as_posix())
+def test_committed_file_is_current(path):
+    assert path.read_text() == FILES[path], "run scripts/build_workflows.py"
+
+
+def test_there_are_no_other_files():
+    assert set(build_workflows.WORKFLOWS.rglob("*.json")) == set(FILES)
+
+
+@pytest.mark.parametrize("name", build_workflows.TABLE)
+def test_every_model_file_has_a_download_and_is_in_the_note(name):
+    graph = json.loads((build_workflows.WORKFLOWS / f"{name}.json").read_text())
+    note = next(node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote")
+    loaders = [node for node in graph["nodes"] if node["type"].startswith("MPSLoad")]
+    assert len(loaders) >= 3
+    for node in loaders:
+        (model,) = node["properties"]["models"]
+        assert model["name"] == node["widgets_values"][0] == model["url"].rsplit("/", 1)[1]
+        assert model["name"] in note and f"models/{model['directory']}" in note
+
+
+@pytest.mark.parametrize("name", build_workflows.TABLE)
+def test_sampler_is_euler_on_a_mac(name):
+    prompt = json.loads((build_workflows.WORKFLOWS / "api" / f"{name}.json").read_text())
+    samplers = [node["inputs"]["sampler_name"] for node in prompt.values() if "sampler_name" in node["inputs"]]
+    assert samplers and set(samplers) == {"euler"}
