@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import ComfyExtension, io
 
-from . import loaders, memory, video
+from . import doctor, loaders, memory, patches, video
 from .folders import register_gguf_folders
 
-NODES: list[type[io.ComfyNode]] = [*loaders.NODES, *video.NODES, *memory.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    *loaders.NODES,
+    *video.NODES,
+    *memory.NODES,
+    *patches.NODES,
+    *doctor.NODES,
+]
 
 
 class AppleSiliconVideo(ComfyExtension):
     async def on_load(self) -> None:
         register_gguf_folders()
+        if torch.backends.mps.is_available():
+            from ..mps_patches import install
+
+            install.apply()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from comfy_api.latest import io, ui
+
+from .progress_text import show_text
 
 CATEGORY = "Apple Silicon Video/memory"
 
@@ -63,16 +64,8 @@ class FreeMemory(io.ComfyNode):
         from ..memory.release import release_memory
 
         report = release_memory(comfy_models.unload_models if unload_models else None, empty_cache).text()
-        _show(report, cls.hidden.unique_id)
+        show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(anything, report, ui=ui.PreviewText(report))
-
-
-def _show(text: str, node_id: str | None) -> None:
-    """Write the text into the node: the front end shows the result of PreviewText only for core's own nodes."""
-    server = sys.modules.get("server")  # missing where ComfyUI runs without its web server
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-    if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)
 
 
 NODES: list[type[io.ComfyNode]] = [FreeMemory]

@@ -20,6 +20,8 @@ import comfy.utils
 import safetensors
 import torch
 
+from ..mps_patches.comfy_attention import patch_model
+from ..mps_patches.comfy_vae import patch_vae
 from . import t5
 from .comfy_ops import QuantizedOps
 from .comfy_patcher import QuantizedModelPatcher
@@ -127,7 +129,7 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Any:
         _refuse_other_kinds(path, keys, None)
         raise _unknown_model(path, "its tensor names")
     patcher.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(path), options))
-    return patcher
+    return patch_model(patcher)
 
 
 def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = True) -> Any:
@@ -159,7 +161,7 @@ def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dy
     adopted = QuantizedModelPatcher.adopt(patcher)
     adopted.cached_patcher_init = (_load_gguf_diffusion_model, (path, dtype))
     logging.info("%s: %s, %d tensors, %s", path.name, type(adopted.model).__name__, len(names), _type_summary(file))
-    return adopted
+    return patch_model(adopted)
 
 
 def _type_summary(file: GGUFFile) -> str:
@@ -378,4 +380,4 @@ def load_vae(path: Path, dtype: torch.dtype | None = None) -> Any:
         vae = comfy.sd.VAE(sd=state_dict, dtype=dtype, metadata=metadata)
     if vae.first_stage_model is None:
         raise ModelFileError(f"{path.name} is no VAE that this ComfyUI knows: choose a file made for models/vae.")
-    return vae
+    return patch_vae(vae)

@@ -225,8 +225,9 @@ def _split(weight: QuantizedWeight, sizes: int | Sequence[int], dim: int = 0) ->
 
 
 def _embedding(weight: torch.Tensor, indices: torch.Tensor, *_: Any) -> Any:
-    by_row = isinstance(weight, QuantizedWeight) and weight.rows_are_blocks()
-    return weight.dequantize_rows(indices) if by_row else NotImplemented
+    if not isinstance(weight, QuantizedWeight) or not weight.rows_are_blocks():
+        return NotImplemented
+    return weight.dequantize_rows(indices)
 
 
 def _index_select(weight: QuantizedWeight, dim: int, index: torch.Tensor) -> Any:

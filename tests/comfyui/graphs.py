@@ -43,7 +43,10 @@ def small(graph, names, image=None):
             inputs["steps"] = 3
         elif kind == "KSamplerAdvanced":
             inputs["steps"] = 4
-            inputs["start_at_step"], inputs["end_at_step"] = min(inputs["start_at_step"], 2), min(inputs["end_at_step"], 2)
+            inputs["start_at_step"], inputs["end_at_step"] = (
+                min(inputs["start_at_step"], 2),
+                min(inputs["end_at_step"], 2),
+            )
             if inputs["add_noise"] == "disable":
                 inputs["end_at_step"] = 10000
     return graph

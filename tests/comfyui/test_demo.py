@@ -1,13 +1,17 @@
 """scripts/demo.sh as people run it: a playable video at the end, or one sentence and a status."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 from pathlib import Path
 
+import apple_silicon_video.tests.scripts_path  # noqa: F401
 import av
 import pytest
+
+import demo as demo_script  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = re.compile(
@@ -58,6 +62,29 @@ def test_demo_ends_with_a_playable_video(workflow):
     assert abs(float(found["seconds"]) - 17 / 16) < 0.1
     assert frames[0].std() > 1.0
     assert re.search(r"^\[\d+/\d+\] KSampler\w* \d/[24]$", errors, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_models_of_the_user_run_under_their_own_names(tmp_path):
+    """Small models under the published names stand for the user's; the workflow keeps its size and steps."""
+    prompt, _ = demo_script.find_workflow(demo_script.DEFAULT_WORKFLOW)
+    names = demo_script.make_small_models()["t2v"]
+    for _, _, file, kind in demo_script.model_inputs(prompt):
+        folder = kind.folders[-1]
+        (tmp_path / folder).mkdir(exist_ok=True)
+        source = demo_script.SMALL_MODELS / kind.folders[0] / names[kind.role]
+        (tmp_path / folder / file).symlink_to(source)
+    for node in prompt.values():
+        node["inputs"].update({"width": 64, "height": 64, "length": 5} if "length" in node["inputs"] else {})
+        node["inputs"].update({"steps": 3} if "steps" in node["inputs"] else {})
+    workflow = tmp_path / "mine.json"
+    workflow.write_text(json.dumps(prompt))
+    process = demo("--workflow", str(workflow), "--models", str(tmp_path))
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    found = RESULT.fullmatch(output)
+    assert found and (found["width"], found["height"], found["frames"]) == ("64", "64", "5")
+    assert "KSampler 3/3" in errors
 
 
 @pytest.mark.slow

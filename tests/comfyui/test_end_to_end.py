@@ -59,7 +59,11 @@ def names(models, name, recipe):
 def references(models):
     """File name -> name of the file with the same weights decoded."""
     files = models[1]["files"]
-    return {Path(path).name: Path(files[f"{role}-decoded"]).name for role, path in files.items() if f"{role}-decoded" in files}
+    return {
+        Path(path).name: Path(files[f"{role}-decoded"]).name
+        for role, path in files.items()
+        if f"{role}-decoded" in files
+    }
 
 
 def frames(comfy, graph, name):

@@ -13,11 +13,12 @@ TYPED = ("__init__.py", "prestartup_script.py", "nodes", "quantization", "memory
 
 def run(command, **options):
     result = subprocess.run(command, capture_output=True, text=True, **options)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    if result.returncode:
+        pytest.fail(f"{result.stdout}\n{result.stderr}", pytrace=False)
 
 
 def test_ruff():
-    run([sys.executable, "-m", "ruff", "check", "--no-fix", "."], cwd=ROOT)
+    run([sys.executable, "-m", "ruff", "check", "--no-fix", "--output-format", "concise", "."], cwd=ROOT)
 
 
 @pytest.mark.slow
