@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 
 def reference(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -65,7 +65,7 @@ DEFECTS = (
         probe=probe,
         cure=Cure(
             targets=(("torch", "baddbmm"), ("torch.Tensor", "baddbmm"), ("torch.Tensor", "baddbmm_")),
-            make=by_name({"baddbmm": _make, "baddbmm_": _make_in_place}),
+            make={"baddbmm": _make, "baddbmm_": _make_in_place},
         ),
         reference="baddbmm_uninitialised.reference",
     ),

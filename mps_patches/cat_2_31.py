@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 
 def reference(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -117,7 +117,7 @@ DEFECTS = (
         probe=probe,
         cure=Cure(
             targets=(*(("torch", name) for name in _NAMES), ("torch", "stack")),
-            make=by_name({**dict.fromkeys(_NAMES, _make_cat), "stack": _make_stack}),
+            make={**dict.fromkeys(_NAMES, _make_cat), "stack": _make_stack},
             preventive=gate.torch_before(2, 14),
         ),
         reference="cat_2_31.reference",

@@ -16,11 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .attention import patched_attention
+from .attention import DEFECTS, patched_attention
 from .attention_plan import BUDGET
 from .chunked_attention import mask_to_rank_4
 from .install import choice_for
-from .registry import DEFECTS
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ KNOWN = {
     *POSITIONS, "scale", "enable_gqa", "low_precision_attention", "transformer_options", "_inside_attn_wrapper",
 }  # fmt: skip
 
-# What a user can switch for one model: name -> (defect that ASV_PATCH_... names, what auto means).
+# What a user can switch for one model: name -> the defect whose ASV_PATCH_... variable goes first.
 MODEL_PATCHES: dict[str, str] = {
     "attention": "scores-2-31",
     "float32_softmax": "softmax-half",
@@ -175,5 +174,5 @@ def patch_model(patcher: Any, choices: Mapping[str, str] | None = None) -> Any:
 
 def model_choice(name: str, choices: Mapping[str, str] | None) -> Any:
     """The choice for one model-level patch; the environment variable of its defect goes first."""
-    defect = DEFECTS[MODEL_PATCHES[name]]
+    defect = next(defect for defect in DEFECTS if defect.id == MODEL_PATCHES[name])
     return choice_for(defect, {defect.id: (choices or {}).get(name, "auto")})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 ID = "conv-output-channels"
 
@@ -167,7 +167,8 @@ def _make_conv(original: Function) -> Function:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if gate.acts_on(weight) and max(weight.size(0), input.size(-1)) > gate.LIMITS[ID] // 2 and _sound(input, weight):
+        large = gate.acts_on(weight) and max(weight.size(0), input.size(-1)) > gate.LIMITS[ID] // 2
+        if large and _sound(input, weight):
             return _conv(original, input, weight, bias, stride, padding, dilation, groups)
         return original(input, weight, bias, stride, padding, dilation, groups)
 
@@ -236,14 +237,12 @@ DEFECTS = (
                 for path in ("torch.nn.functional", "torch")
                 for name in ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
             ),
-            make=by_name(
-                {
+            make={
                     "conv1d": _make_conv,
                     "conv2d": _make_conv,
                     "conv_transpose1d": _make_transposed,
                     "conv_transpose2d": _make_transposed,
-                }
-            ),
+                },
         ),
         reference="conv_output_channels.reference",
     ),

@@ -2,22 +2,20 @@
 
 ``sigmas[i]`` of a CPU table is a view with a storage offset; Metal's binary kernels copy the scalar from the start of
 the storage, so every step uses ``sigmas[0]`` (pytorch#187117, #191929, #193057; fixed in 2.14). Schedulers that keep
-their tables on the CPU, diffusers' among them, go wrong without an error. The cure clones such a view, which moves it to
-the start of a storage of its own. The binary operations that schedulers use are covered: see ``FUNCTIONS``.
+their tables on the CPU, diffusers' among them, go wrong without an error. The cure clones such a view: it then lies
+at the start of a storage of its own. The binary operations that schedulers use are covered: see ``FUNCTIONS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import probing
+from . import gate, probing
 from .registry import Cure, Defect, Function, ProbeResult
-from . import gate
 
 FUNCTIONS = (
     "add",
@@ -49,9 +47,7 @@ def _is_view(value: Tensor) -> bool:
     return value.dim() == 0 and value.is_cpu and value.storage_offset() != 0
 
 
-def _make(original: Function) -> Function:
-    changes_input = original.__name__.endswith("_") and not original.__name__.endswith("__")
-
+def _make(original: Function, in_place: bool = False) -> Function:
     def cured(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 2:
             input, other = args
@@ -59,24 +55,24 @@ def _make(original: Function) -> Function:
                 if gate.acts_on(input):
                     if _is_view(other):
                         return original(input, other.clone(), **kwargs)
-                elif gate.acts_on(other) and not changes_input and _is_view(input):
+                elif gate.acts_on(other) and not in_place and _is_view(input):
                     return original(input.clone(), other, **kwargs)
-        elif kwargs and args and isinstance(kwargs.get("other"), Tensor):
+        elif len(args) == 1 and isinstance(kwargs.get("other"), Tensor):
             return cured(args[0], kwargs.pop("other"), **kwargs)
         return original(*args, **kwargs)
 
     return cured
 
 
-def _targets() -> Iterator[tuple[str, str]]:
-    for name in FUNCTIONS:
-        yield "torch", name
-        yield "torch.Tensor", name
-    for name in IN_PLACE:
-        yield "torch.Tensor", name
-    for name in OPERATORS:
-        for prefix in ("", "r", "i"):
-            yield "torch.Tensor", f"__{prefix}{name}__"
+_make_in_place = partial(_make, in_place=True)
+
+
+_TARGETS = (
+    *(("torch", name) for name in FUNCTIONS),
+    *(("torch.Tensor", name) for name in (*FUNCTIONS, *IN_PLACE)),
+    *(("torch.Tensor", f"__{prefix}{name}__") for name in OPERATORS for prefix in ("", "r", "i")),
+)
+_CHANGING = {*IN_PLACE, *(f"__i{name}__" for name in OPERATORS)}
 
 
 def probe(device: torch.device, quick: bool) -> ProbeResult:
@@ -106,7 +102,10 @@ DEFECTS = (
         seam="arithmetic functions of torch, methods and operators of torch.Tensor",
         advice="Leave the patch on, or update torch to 2.14.",
         probe=probe,
-        cure=Cure(targets=tuple(_targets()), make=_make),
+        cure=Cure(
+            targets=_TARGETS,
+            make={name: _make_in_place if name in _CHANGING else _make for _, name in _TARGETS},
+        ),
         reference="cpu_scalar_view.reference",
     ),
 )

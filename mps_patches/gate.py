@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
     """Cut 0..total into (start, length) pieces of at most ``size``, all of nearly the same length."""
     count = max(1, -(-total // size))
     bounds = [total * index // count for index in range(count + 1)]
-    return ((start, end - start) for start, end in zip(bounds, bounds[1:]))
+    return ((start, end - start) for start, end in pairwise(bounds))
 
 
 def operands(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 
 def reference(input: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ DEFECTS = (
                 ("torch.Tensor", "index_select"),
                 ("torch.nn.functional", "embedding"),
             ),
-            make=by_name({"index_select": _make_index_select, "embedding": _make_embedding}),
+            make={"index_select": _make_index_select, "embedding": _make_embedding},
             preventive=gate.torch_before(2, 14),
         ),
         reference="index_select_2_31.reference",

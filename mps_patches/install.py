@@ -65,6 +65,7 @@ class _Slot:
     stand_in: Function = field(init=False)
     call: Function = field(init=False)
     rebound: list[tuple[Any, str]] = field(default_factory=list)
+    rebinding_done: bool = False
 
     def __post_init__(self) -> None:
         self.call = self.original
@@ -138,6 +139,7 @@ def apply(device: torch.device | str | None = None, choices: Mapping[str, str] |
         for defect in DEFECTS.values():
             if defect.kind == "process" and defect.cure is not None:
                 _settle(defect, device, choice_for(defect, choices))
+        _rebind()
         return status()
 
 
@@ -196,8 +198,7 @@ def _install(defect: Defect, state: State, detail: str, probe: ProbeResult | Non
             slot = _Slot(owner, name, getattr(owner, name), name not in vars(owner))
             _slots[path, name] = slot
             setattr(owner, name, slot.stand_in)
-            _rebind(slot)
-        slot.cures[defect.id] = defect.cure.make
+        slot.cures[defect.id] = defect.cure.maker(name)
         slot.rebuild()
     return Entry(defect.id, state, detail, probe)
 
@@ -226,13 +227,17 @@ def _restore(slot: _Slot) -> None:
     slot.rebound.clear()
 
 
-def _rebind(slot: _Slot) -> None:
-    """Give the stand-in to modules that imported the original by name. torch's own modules are left alone."""
-    for module_name, module in list(sys.modules.items()):
-        if module is None or module_name.split(".")[0] == "torch" or module_name.startswith(f"{__package__}."):
+def _rebind() -> None:
+    """Give the stand-ins to modules that imported the originals by name; torch's own modules are left alone."""
+    slots = {id(slot.original): slot for slot in _slots.values() if not slot.rebinding_done}
+    for slot in slots.values():
+        slot.rebinding_done = True
+    for module_name, module in list(sys.modules.items()) if slots else ():
+        if module_name.split(".")[0] == "torch" or module_name.startswith(f"{__package__}."):
             continue
         for name, value in list(getattr(module, "__dict__", {}).items()):
-            if value is slot.original:
+            slot = slots.get(id(value))
+            if slot is not None and value is slot.original:
                 setattr(module, name, slot.stand_in)
                 slot.rebound.append((module, name))
 

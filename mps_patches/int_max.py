@@ -8,7 +8,6 @@ the VAE have cures of their own: this one is for what is left.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cat_2_31, gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 ID = "int-max-dims"
 
@@ -172,15 +171,13 @@ DEFECTS = (
                 ("torch.Tensor", "repeat"),
                 *(("torch", name) for name in _NAMES),
             ),
-            make=by_name(
-                {
+            make={
                     **dict.fromkeys(("pow", "__pow__"), _make_pow),
                     **dict.fromkeys(_NAMES, _make_cat),
                     "bmm": _make_bmm,
                     "baddbmm": _make_baddbmm,
                     "repeat": _make_repeat,
-                }
-            ),
+                },
             preventive=True,
         ),
         reference="int_max.reference_bmm",

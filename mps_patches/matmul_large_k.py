@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -184,7 +184,7 @@ def probe(device: torch.device, quick: bool) -> ProbeResult:
         on_device = left.to(device), right.to(device)
         for name, compute in (
             ("bmm", partial(torch.bmm, *on_device)),
-            ("linear", lambda: torch.nn.functional.linear(on_device[0], on_device[1].mT[0])),
+            ("linear", partial(torch.nn.functional.linear, on_device[0], on_device[1].mT[0])),
         ):
             results.append(probing.compare(compute, expected, tolerance, f"{name} with K = {k}"))
     return probing.worst(results)
@@ -219,10 +219,10 @@ DEFECTS = (
         cause="MPSGraph reads past the end of the operands along K",
         affected="M1 and M2; mm, addmm and linear fixed in torch 2.14, bmm and einsum not",
         upstream=("pytorch#193487", "pytorch#195163", "FB24518264"),
-        seam="torch.mm, bmm, matmul, addmm, baddbmm, addbmm, einsum, the same methods and @, torch.nn.functional.linear",
+        seam="torch.mm, bmm, matmul, addmm, baddbmm, addbmm, einsum, the methods and @, torch.nn.functional.linear",
         advice="Leave the patch on.",
         probe=probe,
-        cure=Cure(targets=TARGETS, make=by_name(_MAKERS)),
+        cure=Cure(targets=TARGETS, make=_MAKERS),
         reference="matmul_large_k.reference",
     ),
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import gate, probing
-from .registry import Cure, Defect, Function, ProbeResult, by_name
+from .registry import Cure, Defect, Function, ProbeResult
 
 
 def reference(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
@@ -77,7 +77,8 @@ def _valid(input: Tensor, pad: Sequence[int], mode: str) -> bool:
     sizes = [input.size(-1 - place) for place in range(len(pad) // 2)]
     pairs = list(zip(sizes, pad[::2], pad[1::2]))
     if mode == "constant":
-        return all(size + before + after > 0 and min(before, 0) + min(after, 0) > -size for size, before, after in pairs)
+        left = ((size + min(before, 0) + min(after, 0), size + before + after) for size, before, after in pairs)
+        return all(min(sizes) > 0 for sizes in left)
     if len(pad) != 6 or min(pad) < 0:
         return False
     return mode == "replicate" or all(max(before, after) < size for size, before, after in pairs)
@@ -144,7 +145,7 @@ DEFECTS = (
         probe=probe,
         cure=Cure(
             targets=(("torch.nn.functional", "pad"), ("torch", "constant_pad_nd")),
-            make=by_name({"pad": _make_pad, "constant_pad_nd": _make_constant_pad_nd}),
+            make={"pad": _make_pad, "constant_pad_nd": _make_constant_pad_nd},
         ),
         reference="pad_rank_5.reference",
     ),

@@ -8,7 +8,6 @@ this module for the types. Facts come from the trackers named in ``upstream``; t
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 Function = Callable[..., Any]
+Maker = Callable[[Function], Function]
 Kind = Literal["process", "model", "loader", "advice"]
 
 # Files of this folder that have a ``DEFECTS`` tuple, in the order the Doctor shows them: most users affected first.
@@ -70,14 +70,19 @@ class Cure:
     targets: pairs of a module path (or the path of a class, "torch.Tensor") and an attribute of it. A path that cannot
         be imported, or an attribute that is not there, is passed over.
     make: takes the function found there and returns the wrapper, which acts on mps tensors that meet the trigger and
-        calls the original for everything else. Where targets differ, see ``by_name``.
+        calls the original for everything else; or, where targets need different wrappers, a table of such makers by
+        attribute.
     preventive: install without evidence when the quick probe cannot apply (the trigger is too large, or too dangerous,
         to be set off at start). Such a wrapper acts at the trigger size only, where its result is right on any device.
     """
 
     targets: tuple[tuple[str, str], ...]
-    make: Callable[[Function], Function]
+    make: Maker | Mapping[str, Maker]
     preventive: bool = False
+
+    def maker(self, attribute: str) -> Maker:
+        """What makes the wrapper for one attribute."""
+        return self.make if callable(self.make) else self.make[attribute]
 
 
 @dataclass(frozen=True)
@@ -107,15 +112,6 @@ class Defect:
     kind: Kind = "process"
 
 
-def by_name(makers: Mapping[str, Callable[[Function], Function]]) -> Callable[[Function], Function]:
-    """A ``Cure.make`` for targets with different wrappers: chosen by the original function's name."""
-
-    def make(original: Function) -> Function:
-        return makers[original.__name__](original)
-
-    return make
-
-
 class _Table(Mapping[str, Defect]):
     """id -> Defect, filled from MODULES on first use."""
 
@@ -124,8 +120,7 @@ class _Table(Mapping[str, Defect]):
 
     def _load(self) -> dict[str, Defect]:
         if not self._entries:
-            present = [name for name in MODULES if importlib.util.find_spec(f".{name}", __package__)]
-            found = [importlib.import_module(f".{name}", __package__).DEFECTS for name in present]
+            found = [importlib.import_module(f".{name}", __package__).DEFECTS for name in MODULES]
             self._entries = {defect.id: defect for defects in found for defect in defects}
         return self._entries
 

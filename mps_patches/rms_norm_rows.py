@@ -31,8 +31,8 @@ def reference(
     """
     dims = tuple(range(-len(normalized_shape), 0))
     values = input.float()
-    scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + (torch.finfo(torch.float32).eps if eps is None else eps))
-    output = values * scale
+    floor = torch.finfo(torch.float32).eps if eps is None else eps
+    output = values * torch.rsqrt(values.square().mean(dims, keepdim=True) + floor)
     return (output if weight is None else output * weight.float()).to(input.dtype)
 
 

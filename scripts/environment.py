@@ -103,9 +103,9 @@ def version_of(text: str) -> Version:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def probe_python(python: str) -> Version | None:
-    """Return an interpreter's version if it runs and can make virtual environments."""
-    output = output_of([python, "-c", "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"])
+def probe_python(python: str, modules: str = "venv, ensurepip") -> Version | None:
+    """Return an interpreter's version if it runs and has these modules, by default those that make environments."""
+    output = output_of([python, "-c", f"import sys, {modules}; print('%d.%d' % sys.version_info[:2])"])
     return version_of(output) if output else None
 
 
@@ -224,7 +224,9 @@ def first_success(what: str, attempts: Iterable[Attempt]) -> None:
 
 def make_venv() -> None:
     """Make ``.venv``, unless there is one that runs; its parent's torch stays in sight if new enough."""
-    if (probe_python(str(PYTHON)) or (0, 0)) >= min(PYTHONS):
+    if (probe_python(str(PYTHON), "site") or (0, 0)) >= min(PYTHONS):
+        if probe_python(str(PYTHON), "pip") is None:
+            run([PYTHON, "-m", "ensurepip"])
         return
     if VENV.exists() and not (VENV / "pyvenv.cfg").is_file():
         raise SetupError(f"{VENV} is no virtual environment: move it away and run again.")

@@ -25,6 +25,9 @@ agree with native_functions.yaml of the same version; what is in none of the lis
 FLOAT8 = {"float8_e5m2": 23, "float8_e4m3fn": 24, "float8_e5m2fnuz": 25, "float8_e4m3fnuz": 26, "float8_e8m0fnu": 44}
 """c10::ScalarType's numbers."""
 
+VERSIONED_KERNELS = {"_fused_rms_norm"}
+"""Ops that are composites in a CPU build and one kernel in the MPS backends that list them."""
+
 CHIP, GPU_CORES = "Apple M4 Max", 40
 
 shader_compiler: Callable[[str], Any] | None = None
@@ -78,6 +81,7 @@ def install(torch_version: str = "2.13.0", macos: str = "26.3", env_fallback: bo
             "missing": set(table["none"]),
             "always_on_cpu": set(table["always_cpu_fallback"]),
             "uncastable": {number for name, number in FLOAT8.items() if name not in castable},
+            "own_kernels": [*table["always_cpu_fallback"], *sorted(VERSIONED_KERNELS & set(table["mps"]))],
             "prefill_attention": numbers >= (2, 13),
             "vector_attention": numbers >= (2, 8),
             "cpu_fallback_allowed": env_fallback,

@@ -216,6 +216,12 @@ def test_foreign_folder_is_not_touched(checkout):
     assert (environment.VENV / "precious").exists()
 
 
+def test_environment_that_runs_is_kept(checkout):
+    (environment.VENV / "precious").touch()
+    environment.make_venv()
+    assert (environment.VENV / "precious").exists() and environment.PYTHON.readlink() == Path(sys.executable)
+
+
 def test_lock_lets_one_run_in_at_a_time(checkout, tmp_path):
     order = tmp_path / "order"
     script = (
@@ -249,7 +255,8 @@ def test_torch_of_a_parent_stays_in_sight(checkout, tmp_path, monkeypatch):
         made.append(command)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(environment, "probe_python", lambda _: None)
+    environment.PYTHON.unlink()
+    monkeypatch.setattr(environment, "probe_python", lambda *_: None)
     monkeypatch.setattr(environment, "select_python", lambda _: str(parent))
     monkeypatch.setattr(environment, "site_packages", lambda: tmp_path)
     monkeypatch.setattr(environment, "run", note)

@@ -15,10 +15,11 @@ namespace simulated_mps {
 
 namespace {
 
-// Kernels that are a trip to the CPU in this torch version, and composites here, need a registration of their own.
-void register_always_on_cpu() {
+// Composites of a CPU build that have a kernel on MPS in some torch versions: fused ones, and those that make a trip to
+// the CPU. They get the fallback as their kernel when the chosen version has it.
+void register_own_kernels(const std::vector<std::string>& names) {
   static auto* library = new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::MPS, __FILE__, __LINE__);
-  for (const std::string& name : state().table.always_on_cpu) {
+  for (const std::string& name : names) {
     library->impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
   }
 }
@@ -31,7 +32,7 @@ void configure(const py::dict& table) {
   t.prefill_attention = table["prefill_attention"].cast<bool>();
   t.vector_attention = table["vector_attention"].cast<bool>();
   t.cpu_fallback_allowed = table["cpu_fallback_allowed"].cast<bool>();
-  register_always_on_cpu();
+  register_own_kernels(table["own_kernels"].cast<std::vector<std::string>>());
 }
 
 py::dict stats() {

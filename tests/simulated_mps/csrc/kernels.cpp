@@ -217,8 +217,7 @@ at::Tensor& set_storage(at::Tensor& tensor, at::Storage storage, int64_t offset,
 
 // Composites of a CPU build that have a kernel of their own on MPS, or that would call a DispatchStub which only a
 // macOS build fills for MPS.
-constexpr const char* kThroughTheFallback[] = {"constant_pad_nd", "linear",         "repeat", "rms_norm",
-                                               "_fused_rms_norm", "floor_divide.Scalar"};
+constexpr const char* kThroughTheFallback[] = {"constant_pad_nd", "linear", "repeat", "floor_divide.Scalar"};
 
 }  // namespace
 

@@ -163,12 +163,13 @@ RULES = [
     ),
     Rule(
         "rms-norm-rows",
-        "rms_norm over more rows: the rows beyond hold garbage of size 1e4",
+        "fused rms_norm (torch 2.8) over more rows: the rows beyond hold garbage of size 1e4",
         (),
-        ("rms_norm", "_fused_rms_norm"),
+        ("_fused_rms_norm",),
         {"rows": 1 << 21},
         _norm_rows,
         after=_garbage_rows,
+        versions=((2, 8), (99, 0)),
     ),
     Rule(
         "conv-sliced-weight",

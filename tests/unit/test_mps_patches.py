@@ -1,0 +1,223 @@
+"""The table of MPS defects, and switching their cures on and off on a machine that is told it has an MPS device."""
+
+import functools
+import logging
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from apple_silicon_video.mps_patches import install, probing, registry
+from apple_silicon_video.mps_patches.registry import DEFECTS, Cure, Defect, ProbeResult
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """install.apply believes that there is an MPS device; probes get the CPU."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    yield torch.device("mps")
+    install.remove()
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("must not be called")
+
+
+def noise(*shape):
+    return probing.noise(shape)
+
+
+def test_table_is_complete():
+    for name, defect in DEFECTS.items():
+        assert name == defect.id and defect.kind in ("process", "model", "loader", "advice")
+        assert defect.title and defect.symptom and defect.trigger and defect.cause and defect.affected and defect.advice
+        assert defect.kind == "process" or defect.cure is None
+        if defect.reference:
+            module, _, function = defect.reference.rpartition(".")
+            package = "quantization" if module.startswith("quantization") else "mps_patches"
+            found = __import__(f"apple_silicon_video.{package}.{module.split('.')[-1]}", fromlist=[function])
+            assert callable(getattr(found, function)), defect.reference
+
+
+def test_every_target_exists_or_belongs_to_comfyui():
+    for defect in DEFECTS.values():
+        for path, name in defect.cure.targets if defect.cure else ():
+            known = install._owner(path, name) is not None
+            assert known or path.startswith("comfy") or name.startswith("__i"), (path, name)
+            assert callable(defect.cure.maker(name))
+
+
+def identities():
+    """Every target of every cure, and what is there."""
+    found = {}
+    for defect in DEFECTS.values():
+        for path, name in defect.cure.targets if defect.cure else ():
+            owner = install._owner(path, name)
+            if owner is not None:
+                found[path, name] = (getattr(owner, name), name in vars(owner))
+    return found
+
+
+def test_without_an_mps_device_nothing_is_probed_or_replaced(monkeypatch):
+    monkeypatch.setattr(install, "run_probe", forbidden)
+    before = identities()
+    assert len(before) > 90
+    for device in (None, "mps", "cpu", torch.device("cpu")):
+        assert install.apply(device, dict.fromkeys(DEFECTS, "on")) == install.Report()
+    assert identities() == before and install.status() == install.Report()
+
+
+TOY = types.ModuleType("toy_functions")
+
+
+def toy(x):
+    return x + 1
+
+
+def add_toy(monkeypatch, healthy=lambda: False, cured_result=True, **options):
+    """A table of one defect, of the function toy_functions.toy; its probe says what ``healthy`` says."""
+    TOY.toy = types.FunctionType(toy.__code__, {"__name__": "toy_functions"}, "toy")
+    monkeypatch.setitem(sys.modules, "toy_functions", TOY)
+
+    def probe(device, quick):
+        good = healthy() or (cured_result and TOY.toy(1) == 20)
+        return ProbeResult(good, 0.0 if good else 1.0, 0.0, "measured", applicable=options.get("applicable", True))
+
+    targets = (("toy_functions", "toy"),)
+    cure = Cure(targets, lambda original: lambda x: original(x) * 10, options.get("preventive", False))
+    text = dict.fromkeys(("symptom", "trigger", "cause", "affected", "seam", "advice", "reference"), "")
+    defect = Defect(id="toy-defect", title="Toy", upstream=(), probe=probe, cure=cure, **text)
+    monkeypatch.setattr(install, "DEFECTS", {"toy-defect": defect})
+    return TOY.toy, defect
+
+
+def test_a_defect_is_patched_verified_and_unpatched(monkeypatch, fake_device, caplog):
+    original, defect = add_toy(monkeypatch)
+    caplog.set_level(logging.INFO)
+    report = install.apply(fake_device)
+    assert report.active == ("toy-defect",) and report.replaced == ("toy_functions.toy",)
+    assert report.entries["toy-defect"].state == "patched" and TOY.toy(1) == 20
+    assert caplog.text.count("toy-defect") == 1
+    stand_in = TOY.toy
+    assert install.apply(fake_device) == report and TOY.toy is stand_in
+    assert install.examine(defect, fake_device, True)[0] == "defect, cured"
+    with install.suspended():
+        assert stand_in(1) == 2
+    install.remove()
+    assert TOY.toy is original and stand_in(1) == 2 and install.status() == install.Report()
+
+
+def test_a_healthy_function_is_left_alone(monkeypatch, fake_device):
+    original, defect = add_toy(monkeypatch, healthy=lambda: True)
+    report = install.apply(fake_device)
+    assert report.entries["toy-defect"].state == "not needed" and report.replaced == () and TOY.toy is original
+    assert install.examine(defect, fake_device, True)[0] == "pass"
+
+
+def test_a_cure_that_does_not_cure_stays_off(monkeypatch, fake_device, caplog):
+    original, defect = add_toy(monkeypatch, cured_result=False)
+    assert install.apply(fake_device).entries["toy-defect"].state == "not cured" and TOY.toy is original
+    assert "it stays off" in caplog.text
+    assert install.examine(defect, fake_device, True)[0] == "defect, not cured"
+
+
+@pytest.mark.parametrize(("preventive", "state"), [(True, "preventive"), (False, "not applicable")])
+def test_without_evidence_only_preventive_cures_are_installed(monkeypatch, fake_device, preventive, state):
+    original, defect = add_toy(monkeypatch, applicable=False, preventive=preventive)
+    assert install.apply(fake_device).entries["toy-defect"].state == state
+    assert (TOY.toy is original) is not preventive
+    assert install.examine(defect, fake_device, True)[0] == "not applicable"
+
+
+def test_a_broken_probe_patches_nothing(monkeypatch, fake_device, caplog):
+    def healthy():
+        raise ValueError("no such shape")
+
+    original, _ = add_toy(monkeypatch, healthy=healthy)
+    assert install.apply(fake_device).entries["toy-defect"].state == "not applicable" and TOY.toy is original
+    assert "no such shape" in caplog.text
+
+
+def test_choices_and_the_environment(monkeypatch, fake_device, caplog):
+    original, defect = add_toy(monkeypatch, healthy=lambda: True)
+    assert install.apply(fake_device, {"toy-defect": "on"}).active == ("toy-defect",)
+    assert install.apply(fake_device, {"toy-defect": "off"}).active == () and TOY.toy is original
+    monkeypatch.setenv("ASV_PATCH_TOY_DEFECT", "ON")
+    assert install.apply(fake_device, {"toy-defect": "off"}).active == ("toy-defect",)
+    monkeypatch.setenv("ASV_PATCH_TOY_DEFECT", "maybe")
+    assert install.choice_for(defect) == "auto" and "must be auto, on or off" in caplog.text
+    assert install.apply(fake_device).active == () and TOY.toy is original
+
+
+def test_another_packs_patch_is_left_in_place(monkeypatch, fake_device, caplog):
+    caplog.set_level(logging.INFO)
+    original, _ = add_toy(monkeypatch)
+    scope = {"functools": functools, "original": original, "__name__": "ComfyUI-AppleSilicon-FP8.patches"}
+    code = compile("def theirs(x):\n    return original(x) + 100", "patches.py", "exec")
+    theirs = types.FunctionType(code.co_consts[0], scope, "theirs")
+    functools.update_wrapper(theirs, original)
+    TOY.toy = theirs
+    report = install.apply(fake_device, {"toy-defect": "on"})
+    assert report.entries["toy-defect"].state == "left to another pack" and TOY.toy is theirs
+    assert "ComfyUI-AppleSilicon-FP8.patches has replaced toy_functions.toy" in caplog.text
+
+
+def test_a_wrapper_put_over_ours_survives_removal(monkeypatch, fake_device):
+    add_toy(monkeypatch)
+    install.apply(fake_device)
+    ours = TOY.toy
+
+    def over(x):
+        return ours(x) + 1000
+
+    TOY.toy = over
+    install.remove()
+    assert TOY.toy is over and over(1) == 1002
+
+
+def test_names_imported_before_are_rebound_and_restored(monkeypatch, fake_device):
+    original, _ = add_toy(monkeypatch)
+    pack = types.ModuleType("custom_nodes.other_pack")
+    pack.toy, pack.mine, pack.table = original, lambda x: x, {"toy": original}
+    monkeypatch.setitem(sys.modules, "custom_nodes.other_pack", pack)
+    mine = pack.mine
+    install.apply(fake_device)
+    assert pack.toy(1) == 20 and pack.toy is TOY.toy and pack.mine is mine and pack.table["toy"] is original
+    install.remove()
+    assert pack.toy is original
+
+
+def test_torch_methods_come_back_as_they_were(fake_device):
+    before = identities()
+    choices = {name: "on" for name, defect in DEFECTS.items() if defect.kind == "process"}
+    report = install.apply(fake_device, choices)
+    assert len(report.replaced) > 90
+    after = identities()
+    assert all(after[key][0] is not before[key][0] for key in before)
+    x = noise(3, 4)
+    assert torch.equal(x @ x.T, torch.mm(x, x.T)) and torch.equal(2 * x - x, x) and (x**2).shape == x.shape
+    assert F.interpolate(x[None, None], scale_factor=2).shape == (1, 1, 6, 8)
+    install.remove()
+    assert identities() == before
+    assert "matmul" not in vars(torch.Tensor)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_script_still_compiles_patched_functions(fake_device):
+    install.apply(fake_device, {"interpolate-half-5d": "on", "matmul-large-k": "on", "pad-rank-5": "on"})
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.pad(x, [1, 1])
+        x = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        return torch.matmul(x, x.transpose(-1, -2))
+
+    scripted = torch.jit.script(step)
+    assert torch.allclose(scripted(noise(1, 2, 3)), step(noise(1, 2, 3)))
+
+
+def test_registry_imports_nothing_until_it_is_read():
+    table = registry._Table()
+    assert table._entries == {} and len(table) == len(DEFECTS)
