@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Choice = Literal["auto", "on", "off"]
 State = Literal["not needed", "patched", "preventive", "off", "left to another pack", "not applicable", "not cured"]
+# Attribute of every stand-in: the module that made it, so that two copies of this pack tell each other's apart.
+STAND_IN = "_mps_patches_stand_in"
 ACTIVE: tuple[State, ...] = ("patched", "preventive")
 
 
@@ -83,11 +86,14 @@ def _stand_in(slot: _Slot) -> Function:
     def patched(*args: Any, **kwargs: Any) -> Any:
         return slot.call(*args, **kwargs)
 
-    functools.update_wrapper(patched, slot.original)
-    # torch.jit.script then compiles the original, as it cannot compile *args.
-    setattr(patched, "__script_if_tracing_wrapper", True)
-    setattr(patched, "__original_fn", slot.original)
-    return patched
+    # With the original's global names and these marks, torch.jit.script compiles the original: it cannot compile *args.
+    names = getattr(slot.original, "__globals__", patched.__globals__)
+    stand_in = types.FunctionType(patched.__code__, names, patched.__name__, None, patched.__closure__)
+    functools.update_wrapper(stand_in, slot.original)
+    setattr(stand_in, "__script_if_tracing_wrapper", True)
+    setattr(stand_in, "__original_fn", slot.original)
+    setattr(stand_in, STAND_IN, __name__)
+    return stand_in
 
 
 _lock = threading.RLock()
@@ -198,6 +204,7 @@ def _install(defect: Defect, state: State, detail: str, probe: ProbeResult | Non
             slot = _Slot(owner, name, getattr(owner, name), name not in vars(owner))
             _slots[path, name] = slot
             setattr(owner, name, slot.stand_in)
+            _tell_torch_script(slot, True)
         slot.cures[defect.id] = defect.cure.maker(name)
         slot.rebuild()
     return Entry(defect.id, state, detail, probe)
@@ -216,6 +223,7 @@ def _drop(defect_id: str) -> None:
 
 def _restore(slot: _Slot) -> None:
     """Undo the replacement where the stand-in is still in place; elsewhere it stays and only calls the original."""
+    _tell_torch_script(slot, False)
     if getattr(slot.owner, slot.attribute) is slot.stand_in:
         if slot.inherited:
             delattr(slot.owner, slot.attribute)
@@ -225,6 +233,16 @@ def _restore(slot: _Slot) -> None:
         if vars(module).get(name) is slot.stand_in:
             setattr(module, name, slot.original)
     slot.rebound.clear()
+
+
+def _tell_torch_script(slot: _Slot, installed: bool) -> None:
+    """Keep torch.jit's table of built-in functions, which is by identity, in step; it may not have been made yet."""
+    table = torch.jit._builtins._builtin_table  # type: ignore[attr-defined]
+    if table is not None:
+        if not installed:
+            table.pop(id(slot.stand_in), None)
+        elif id(slot.original) in table:
+            table[id(slot.stand_in)] = table[id(slot.original)]
 
 
 def _rebind() -> None:
@@ -257,8 +275,8 @@ def _owner(path: str, attribute: str) -> Any:
 
 def _foreign(function: Function, path: str) -> str | None:
     """The module that has put its own function in this place, or None; ``functools.wraps`` hides nothing."""
-    home = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
-    home = home or type(function).__module__
+    home = getattr(function, STAND_IN, None) or getattr(function, "__globals__", {}).get("__name__")
+    home = home or getattr(function, "__module__", None) or type(function).__module__
     return None if home.split(".")[0] in (path.split(".")[0], "builtins") else home
 
 

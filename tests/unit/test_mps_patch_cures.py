@@ -354,8 +354,8 @@ def test_linear_is_flattened(everywhere, shape):
     limit = 2 if len(shape) == 4 else 8
     with gate.scaled(linear_large_batch=limit):
         cure = cured("linear-large-batch", "linear", original)
-        assert torch.equal(cure(x, weight, bias), F.linear(x, weight, bias))
-        assert torch.equal(cure(x.mT.contiguous().mT, weight, bias=bias), F.linear(x, weight, bias))
+        assert error(cure(x, weight, bias), F.linear(x, weight, bias)) < 1e-6
+        assert error(cure(x.mT.contiguous().mT, weight, bias=bias), F.linear(x, weight, bias)) < 1e-6
         assert seen == [2, 2]
         if len(shape) > 2:
             cure(x, weight)
