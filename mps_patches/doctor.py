@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from .attention import PATCHED_PROBES
 from .install import examine
-from .registry import DEFECTS, Defect
+from .registry import DEFECTS, Defect, ProbeResult
 
 PASS, CURED, DEFECT, NOT_APPLICABLE = "pass", "defect, cured", "defect, not cured", "not applicable"
 PACKAGES = (
@@ -125,10 +126,21 @@ def _line(defect: Defect, device: torch.device | None, quick: bool) -> Line:
         verdict, error, tolerance, detail = NOT_APPLICABLE, 0.0, 0.0, "there is no MPS device here"
     else:
         verdict, bare, cured = examine(defect, device, quick)
+        if verdict == DEFECT and defect.kind == "model":
+            verdict, cured = _with_model_patch(defect, device, quick)
         error, tolerance, detail = bare.error, bare.tolerance, bare.detail
         if cured is not None:
             detail = f"{detail}; with the patch {cured.error:.2g}"
     return Line(defect.id, defect.title, verdict, error, tolerance, detail, defect.upstream, defect.advice)
+
+
+def _with_model_patch(defect: Defect, device: torch.device, quick: bool) -> tuple[str, ProbeResult | None]:
+    """Verdict and probe of a defect that the patches of a model cure; what has no probe of its own is avoided."""
+    probe = PATCHED_PROBES.get(defect.id)
+    if probe is None:
+        return CURED, None
+    result = probe(device, quick)
+    return (CURED if result.ok and result.applicable else DEFECT), result
 
 
 def describe_machine(comfyui: str | None = None) -> dict[str, str]:
