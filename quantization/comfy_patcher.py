@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 import torch
@@ -82,7 +83,15 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
 
     @classmethod
     def adopt(cls, patcher: comfy.model_patcher.ModelPatcher) -> QuantizedModelPatcher:
-        """Take over a freshly loaded model from ``patcher``, which must not be used afterwards."""
+        """Take over a freshly loaded model from ``patcher``, which must not be used afterwards.
+
+        Core may have put the model on its device already (text encoders on the CPU). Its entry would then watch a
+        patcher that is gone, which core reports as a memory leak at every load, so the model is taken off first.
+        """
+        loaded_models = comfy.model_management.current_loaded_models
+        for entry in [entry for entry in loaded_models if entry.model is patcher]:
+            entry.model_unload()
+            loaded_models.remove(entry)
         adopted = cls.__new__(cls)
         adopted.__dict__.update(patcher.__dict__)
         return adopted

@@ -96,6 +96,15 @@ def test_lora_on_the_text_encoder(tmp_path):
     assert torch.equal(encode(ours, PROMPTS[0]), before)
 
 
+def test_core_sees_no_leak(tmp_path, caplog):
+    ours, _ = load_pair(tmp_path)
+    with caplog.at_level("INFO"):
+        encode(ours, PROMPTS[0])
+        comfy.model_management.cleanup_models_gc()
+        comfy.model_management.load_models_gpu([ours.patcher])
+    assert not [record for record in caplog.records if "leak" in record.message]
+
+
 def test_unload_and_reload(tmp_path):
     ours, _ = load_pair(tmp_path)
     first = encode(ours, PROMPTS[0])
