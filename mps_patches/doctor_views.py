@@ -23,6 +23,12 @@ def _error(line: Line) -> str:
     return f"{line.error:.2g} (limit {line.tolerance:.2g})"
 
 
+def _first_reference(line: Line) -> str:
+    """The first upstream report, and how many more there are."""
+    more = f" +{len(line.upstream) - 1}" if len(line.upstream) > 1 else ""
+    return line.upstream[0] + more if line.upstream else ""
+
+
 def _machine(diagnosis: Diagnosis) -> str:
     parts = [f"{name} {value}" for name, value in diagnosis.machine.items()]
     parts += [f"{name} {value / GIB:.1f} GiB" for name, value in diagnosis.memory.items()]
@@ -73,7 +79,7 @@ def to_picture(diagnosis: Diagnosis) -> np.ndarray:
         draw.text((MARGIN + 10, y + 3), line.verdict, font=font, fill=BACKGROUND)
         draw.text((MARGIN + 190, y + 3), line.title, font=font, fill=TEXT)
         draw.text((MARGIN + 690, y + 3), _error(line), font=font, fill=FAINT)
-        draw.text((MARGIN + 930, y + 3), " ".join(line.upstream)[:34], font=font, fill=FAINT)
+        draw.text((MARGIN + 930, y + 3), _first_reference(line), font=font, fill=FAINT)
         y += ROW
     _text_rows(draw, font, y + ROW // 2, ["Advice", *advice], TEXT)
     return np.asarray(image, dtype=np.float32)[None] / 255.0
