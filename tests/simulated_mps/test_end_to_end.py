@@ -98,7 +98,7 @@ def test_server_runs_on_mps(on_mps):
 def test_same_frames_as_on_the_cpu(on_mps, on_the_cpu, models, run):
     comfy, image = on_mps
     made = graph(models, run, image)
-    sampler = [key for key in made if made[key]["class_type"].startswith("KSampler")][0]
+    sampler = next(key for key in made if made[key]["class_type"].startswith("KSampler"))
     latent, slot = made[sampler]["inputs"]["latent_image"]
     rewire(made, latent, slot, "reset")
     made["reset"] = {"class_type": "SimulatedReset", "inputs": {"value": [latent, slot]}}
