@@ -39,7 +39,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 SDPA = ("torch.nn.functional", "scaled_dot_product_attention")
 # Relative root mean square errors; a right half-precision kernel makes about 0.003, the defects 0.02 and up.
 HALF_TOLERANCE = 0.01
-MATERIALISED_PROBE = (2048, 4096, 32)
+MATERIALISED_PROBE = (4096, 4096, 32)  # queries, keys, head dim; scores far larger than the allocator's heaps
 MIB = 1 << 20
 
 
@@ -61,16 +61,11 @@ def patched_attention(
     What is None is found out about q's device: torch's kernels, half-precision softmax, the packages installed.
     """
 
-    def plan(packages: tuple[str, ...]) -> AttentionPlan:
-        return plan_attention(
-            *q.shape[:2], q.shape[2], k.shape[2], q.shape[3], q.dtype, version or attention_version(q.device), budget,
-            value_dim=v.shape[-1], mask=mask_kind(mask, q.dtype), packages=packages,
-            half_softmax_exact=half_softmax_is_exact(q.device) if half_softmax_exact is None else half_softmax_exact,
-        )  # fmt: skip
-
+    version = version or attention_version(q.device)
+    exact = half_softmax_is_exact(q.device) if half_softmax_exact is None else half_softmax_exact
     remaining = usable_packages(q.shape[-1]) if packages is None else packages
     while True:
-        chosen = plan(remaining)
+        chosen = _plan(q, k, v, version, budget, mask=mask, half_softmax_exact=exact, packages=remaining)
         if chosen.method == "original":
             return None, chosen
         if chosen.method not in remaining:
@@ -81,48 +76,92 @@ def patched_attention(
         remaining = remaining[1:]
 
 
-@functools.cache
+def _plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    version: tuple[int, int],
+    budget: int = attention_plan.BUDGET,
+    *,
+    mask: Tensor | None = None,
+    half_softmax_exact: bool,
+    packages: tuple[str, ...] = (),
+    limits: attention_plan.AttentionLimits | None = None,
+) -> AttentionPlan:
+    batch, heads, q_len, head_dim = q.shape
+    return plan_attention(
+        batch,
+        heads,
+        q_len,
+        k.shape[2],
+        head_dim,
+        q.dtype,
+        version,
+        budget,
+        value_dim=v.shape[-1],
+        mask=mask_kind(mask, q.dtype),
+        half_softmax_exact=half_softmax_exact,
+        packages=packages,
+        limits=limits,
+    )
+
+
 def attention_version(device: torch.device) -> tuple[int, int]:
     """torch's version as far as attention goes: one without prefill kernels if scores are formed on this device."""
+    return _attention_version(device.type)
+
+
+def half_softmax_is_exact(device: torch.device) -> bool:
+    """Whether half-precision attention over some thousand keys passes its probe on this device; True off MPS."""
+    return device.type != "mps" or _half_softmax_is_exact(device.type)
+
+
+@functools.cache
+def _attention_version(device_type: str) -> tuple[int, int]:
     version = parse_version(torch.__version__)
-    if version >= PREFILL_SINCE and device.type == "mps" and _scores_formed(device):
+    if version >= PREFILL_SINCE and device_type == "mps" and _scores_formed(torch.device(device_type)):
         return PREFILL_SINCE[0], PREFILL_SINCE[1] - 1
     return version
 
 
 @functools.cache
-def half_softmax_is_exact(device: torch.device) -> bool:
-    """Whether half-precision attention over some thousand keys passes its probe on this device."""
-    return device.type != "mps" or _probe_softmax(device, True).ok
+def _half_softmax_is_exact(device_type: str) -> bool:
+    return _probe_softmax(torch.device(device_type), True).ok
 
 
 def forget() -> None:
     """Find everything about the device and the packages out again."""
-    attention_version.cache_clear()
-    half_softmax_is_exact.cache_clear()
+    _attention_version.cache_clear()
+    _half_softmax_is_exact.cache_clear()
     flash_packages.forget()
 
 
-def _scores_formed(device: torch.device) -> bool:
-    """Whether SDPA allocates a score matrix, seen in what the driver holds afterwards."""
+def _scores_formed(device: torch.device, way: Attention | None = None) -> bool:
+    """Whether attention allocates a score matrix, seen in what the driver holds afterwards: 4 bytes a score or more."""
     q_len, k_len, head_dim = MATERIALISED_PROBE
     q, k = (torch.ones(1, 1, length, head_dim, device=device) for length in (q_len, k_len))
     torch.mps.synchronize()
     torch.mps.empty_cache()
     before = torch.mps.driver_allocated_memory()
-    F.scaled_dot_product_attention(q, k, k)
+    (way or _native_attention)(q, k, k)
     torch.mps.synchronize()
     grown = torch.mps.driver_allocated_memory() - before
     torch.mps.empty_cache()
-    return grown >= q_len * k_len * 2
+    return grown >= q_len * k_len * 4
 
 
 def _probe_materialised(device: torch.device, quick: bool) -> ProbeResult:
     version = parse_version(torch.__version__)
+    return _materialised(version < PREFILL_SINCE or _scores_formed(device), f"torch {version[0]}.{version[1]}")
+
+
+def _probe_materialised_patched(device: torch.device, quick: bool) -> ProbeResult:
+    return _materialised(_scores_formed(device, _in_small_blocks), "the patched attention")
+
+
+def _materialised(formed: bool, what: str) -> ProbeResult:
     q_len, k_len, _ = MATERIALISED_PROBE
-    formed = version < PREFILL_SINCE or _scores_formed(device)
-    said = "forms" if formed else "does not form"
-    detail = f"torch {version[0]}.{version[1]} {said} the {q_len} x {k_len} scores (bytes per score)"
+    detail = f"{what} {'forms' if formed else 'does not form'} {q_len} x {k_len} scores at once (bytes per score)"
     return ProbeResult(not formed, 8.0 if formed else 0.0, 0.0, detail)
 
 
@@ -151,11 +190,12 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The model-level patch, for a call of any size."""
     limits = dataclasses.replace(attention_plan.LIMITS, gate_elements=0)
-    plan = plan_attention(
-        *q.shape[:2], q.shape[2], k.shape[2], q.shape[3], q.dtype, attention_version(q.device), limits=limits,
-        half_softmax_exact=False,
-    )  # fmt: skip
-    return attend(q, k, v, plan)
+    return attend(q, k, v, _plan(q, k, v, attention_version(q.device), half_softmax_exact=False, limits=limits))
+
+
+def _in_small_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    limits = dataclasses.replace(attention_plan.LIMITS, gate_elements=0)
+    return attend(q, k, v, _plan(q, k, v, (2, 12), 4 * MIB, half_softmax_exact=True, limits=limits))
 
 
 def _probe_softmax(
@@ -223,6 +263,7 @@ SHORT_QUERIES = tuple(
 PATCHED_PROBES: dict[str, Callable[[torch.device, bool], ProbeResult]] = {
     "scores-2-31": functools.partial(_probe_scores, attention=_in_blocks),
     "softmax-half": functools.partial(_probe_softmax, ways=(_in_blocks,)),
+    "sdpa-materialises": _probe_materialised_patched,
 }
 
 OVERRIDE = "transformer_options['optimized_attention_override'] of a model; the attention blocks of a VAE"

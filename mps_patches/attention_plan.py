@@ -206,6 +206,15 @@ def _chunks(request: AttentionRequest) -> str:
     return f"{whole}, {request.scores * 4 / 2**30:.1f} GiB in float32"
 
 
+def _sdpa_groups(request: AttentionRequest, reason: str) -> AttentionPlan:
+    """As many heads at once as keep SDPA's own result, which is copied into the caller's layout, small."""
+    one_head = request.q_len * request.head_dim * request.dtype.itemsize
+    batches, heads = _spread(request, max(1, request.budget // 8 // one_head))
+    return AttentionPlan(
+        "sdpa", reason, batches, heads, request.q_len, request.k_len, request.head_dim, batches * heads * one_head
+    )
+
+
 def _whole(method: str) -> Callable[[AttentionRequest, str], AttentionPlan]:
     def lay_out(request: AttentionRequest, reason: str) -> AttentionPlan:
         name = request.packages[0] if method == "package" else method
@@ -281,7 +290,7 @@ def _spread(request: AttentionRequest, units: int) -> tuple[int, int]:
 WAYS = (
     Way(_small, _whole("original")),
     Way(_package, _whole("package")),
-    Way(_sdpa, _whole("sdpa")),
+    Way(_sdpa, _sdpa_groups),
     Way(_sdpa_float32, _by_heads("sdpa-float32")),
     Way(_sdpa_padded, _by_heads("sdpa-padded")),
     Way(_chunks, in_chunks),

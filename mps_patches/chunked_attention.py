@@ -8,6 +8,7 @@ accumulated with a running maximum (Milakov and Gimelshein, 2018; Rabe and Staat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -71,21 +72,28 @@ def _chunks(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
     out = _result(q, v)
-    q_len, k_len = q.shape[2], k.shape[2]
     for batches, heads in _groups(q, plan):
-        keys = _heads_of(k, q, batches, heads).to(torch.float32).contiguous().transpose(-1, -2)
-        values = _heads_of(v, q, batches, heads).to(torch.float32).contiguous()
-        for start in range(0, q_len, plan.rows):
-            rows = slice(start, min(start + plan.rows, q_len))
-            seen = min(k_len, rows.stop) if causal else k_len
-            query = (q[batches, heads, rows].to(torch.float32) * scale).contiguous()
-            hide = _hider(mask, batches, heads, rows, causal)
-            if hide is None and plan.keys >= k_len:
-                block = torch.softmax(query @ keys, dim=-1) @ values
-            else:
-                block = _accumulate(query, keys, values, min(plan.keys, k_len), seen, hide)
-            out[batches, heads, rows] = block.to(q.dtype)
+        _chunks_of_heads(out, q, k, v, plan, mask, scale, causal, batches, heads)
     return out
+
+
+def _chunks_of_heads(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool,
+    batches: slice, heads: slice,
+) -> None:  # fmt: skip
+    """Fill in ``out`` for some heads; a function of its own, so that their copies are gone before the next ones'."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    keys = _copy(_heads_of(k, q, batches, heads)).transpose(-1, -2)
+    values = _copy(_heads_of(v, q, batches, heads))
+    for start in range(0, q_len, plan.rows):
+        rows = slice(start, min(start + plan.rows, q_len))
+        query = _copy(q[batches, heads, rows]).mul_(scale)
+        hide = _hider(mask, batches, heads, rows, causal)
+        if hide is None and plan.keys >= k_len:
+            out[batches, heads, rows] = torch.softmax(query @ keys, dim=-1) @ values
+        else:
+            seen = min(k_len, rows.stop) if causal else k_len
+            out[batches, heads, rows] = _accumulate(query, keys, values, min(plan.keys, k_len), seen, hide)
 
 
 def _accumulate(
@@ -144,35 +152,43 @@ def _hider(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
-    k, v = (_heads_of(t, q, slice(None), slice(0, q.shape[1])) for t in (k, v))
-    q, k, v = (_unit_stride(t) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-
-
-def _sdpa_by_heads(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool
-) -> Tensor:
-    """SDPA over copies, a few heads at a time: float32 ones, or padded with zeros to a head dim that has a kernel."""
     out = _result(q, v)
-    dtype = torch.float32 if plan.method == "sdpa-float32" else q.dtype
-    more = plan.head_dim - q.shape[-1]
     for batches, heads in _groups(q, plan):
-        parts = (q[batches, heads], _heads_of(k, q, batches, heads), _heads_of(v, q, batches, heads))
-        copies = [F.pad(t.to(dtype), (0, more)) if more else t.to(dtype).contiguous() for t in parts]
-        here = None if mask is None else mask[_within(mask, 0, batches), _within(mask, 1, heads)]
-        if here is not None and here.dtype != torch.bool:
-            here = here.to(dtype)
-        block = F.scaled_dot_product_attention(*copies, attn_mask=here, is_causal=causal, scale=scale)
-        out[batches, heads] = block[..., : v.shape[-1]].to(q.dtype)
+        _sdpa_of_heads(out, q, k, v, plan, mask, scale, causal, batches, heads)
     return out
+
+
+def _sdpa_of_heads(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool,
+    batches: slice, heads: slice,
+) -> None:  # fmt: skip
+    """As ``_chunks_of_heads``: on views, or on float32 or zero-padded copies, so that SDPA has a kernel for them."""
+    dtype = torch.float32 if plan.method == "sdpa-float32" else q.dtype
+    prepare = _unit_stride if plan.method == "sdpa" else partial(_copy, dtype=dtype, last=plan.head_dim)
+    query = prepare(q[batches, heads])
+    key, value = (prepare(_heads_of(t, q, batches, heads)) for t in (k, v))
+    here = None if mask is None else mask[_within(mask, 0, batches), _within(mask, 1, heads)]
+    if here is not None and here.dtype != torch.bool:
+        here = here.to(dtype)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=here, is_causal=causal, scale=scale)
+    out[batches, heads] = found[..., : v.shape[-1]]
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "chunks": _chunks,
     "sdpa": _sdpa,
-    "sdpa-float32": _sdpa_by_heads,
-    "sdpa-padded": _sdpa_by_heads,
+    "sdpa-float32": _sdpa,
+    "sdpa-padded": _sdpa,
 }
+
+
+def _copy(t: Tensor, dtype: torch.dtype = torch.float32, last: int | None = None) -> Tensor:
+    """A contiguous copy in ``dtype``, made in one go; zeros up to ``last`` elements in the last dimension."""
+    if last is None or last == t.shape[-1]:
+        return torch.empty(t.shape, dtype=dtype, device=t.device).copy_(t)
+    padded = torch.zeros((*t.shape[:-1], last), dtype=dtype, device=t.device)
+    padded[..., : t.shape[-1]] = t
+    return padded
 
 
 def _result(q: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -107,26 +107,30 @@ class Call:
         if self.skip_reshape:
             return self.q, self.k, self.v
         head_dim = self.q.shape[-1] // self.heads
-        return tuple(t.unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (self.q, self.k, self.v))  # type: ignore[return-value]
+        q, k, v = (t.unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (self.q, self.k, self.v))
+        return q, k, v
 
 
 def read_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
     """The call's arguments, or None if there is one whose meaning is unknown or shapes are unusual."""
-    named = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+    named: dict[str, Any] = {ALIASES.get(name, name): value for name, value in kwargs.items()}
     if len(args) > len(POSITIONS) or not named.keys() <= KNOWN:
         return None
     named.update(zip(POSITIONS, args))
     q, k, v, heads, mask = (named.get(name) for name in POSITIONS[:5])
     skip_reshape = bool(named.get("skip_reshape", False))
     rank = 4 if skip_reshape else 3
-    if not isinstance(heads, int) or not all(type(t) is Tensor and t.ndim == rank for t in (q, k, v)):
+    if not isinstance(heads, int) or not (_plain(q, rank) and _plain(k, rank) and _plain(v, rank)):
         return None
-    if mask is not None and not (type(mask) is Tensor and 2 <= mask.ndim <= 4):
+    if mask is not None and not _plain(mask, 2, 3, 4):
         return None
-    call = Call(
-        q, k, v, heads, mask, skip_reshape, bool(named.get("skip_output_reshape", False)), named.get("scale")
-    )  # fmt: skip
+    output_by_head = bool(named.get("skip_output_reshape", False))
+    call = Call(q, k, v, heads, mask, skip_reshape, output_by_head, named.get("scale"))
     return call if _regular(call) else None
+
+
+def _plain(value: Any, *ranks: int) -> TypeGuard[Tensor]:
+    return type(value) is Tensor and value.ndim in ranks
 
 
 def _regular(call: Call) -> bool:

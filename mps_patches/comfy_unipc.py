@@ -105,9 +105,12 @@ def _probe(device: torch.device, quick: bool, tolerance: Callable[[float], float
     steps = (4,) if quick else (3, 4, 5, 8)
     variants: tuple[Variant, ...] = ("bh1",) if quick else ("bh1", "bh2")
     cases = [(flow_sigmas(*schedule), i, variant) for schedule in schedules for i in steps for variant in variants]
-    here = max(_weight_error(core, device, *case) for case in cases)
     on_cpu = max(_weight_error(core, torch.device("cpu"), *case) for case in cases)
     allowed = tolerance(on_cpu)
+    try:
+        here = max(_weight_error(core, device, *case) for case in cases)
+    except RuntimeError as error:  # NotImplementedError is one: torch 2.6 cannot solve a linear system on MPS
+        return ProbeResult(False, float("inf"), allowed, f"uni_pc cannot run here: {str(error).splitlines()[0]}")
     detail = f"error of the corrector's weights, which are about 0.37, at shift 8 {words}".format(on_cpu).strip()
     return ProbeResult(here <= allowed, here, allowed, detail)
 

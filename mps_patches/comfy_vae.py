@@ -41,9 +41,11 @@ class VAEAttention:
         if not known or not (self.attention == "on" or q.is_mps) or (torch.is_grad_enabled() and q.requires_grad):
             return self.original(q, k, v)
         exact = {"on": False, "off": True, "auto": None}[self.float32_softmax]
-        # [B, 1, positions, C], as views.
-        heads = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))
-        found, plan = patched_attention(*heads, budget=memory_budget(), half_softmax_exact=exact, packages=())
+        # [B, 1, positions, C], as views where the layout allows.
+        one_q, one_k, one_v = (t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (q, k, v))
+        found, plan = patched_attention(
+            one_q, one_k, one_v, budget=memory_budget(), half_softmax_exact=exact, packages=()
+        )
         if found is None:
             return self.original(q, k, v)
         log.debug("VAE attention (%s): %s", plan.method, plan.reason)

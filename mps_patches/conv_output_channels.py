@@ -115,9 +115,7 @@ def _conv_transposed(
     if weight.size(1) * groups > gate.LIMITS[ID]:
 
         def compute(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            return _conv_transposed(
-                original, input, weight, bias, stride, padding, output_padding, groups, dilation
-            )
+            return _conv_transposed(original, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
         return _by_channels(compute, input, weight, bias, groups, True)
     if weight.dim() > 3:
@@ -202,7 +200,7 @@ def probe(device: torch.device, quick: bool) -> ProbeResult:
     size = gate.LIMITS[ID] + 1
     wide, tall = probing.noise((size, 1, 1)), probing.noise((1, 1, 2), seed=1)
     long = probing.noise((1, 1, size + 2), seed=2)
-    cases = [
+    cases: list[tuple[Function, Tensor, Tensor]] = [
         (torch.nn.functional.conv1d, tall, wide),
         (torch.nn.functional.conv1d, long, tall),
     ]
@@ -238,11 +236,11 @@ DEFECTS = (
                 for name in ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d")
             ),
             make={
-                    "conv1d": _make_conv,
-                    "conv2d": _make_conv,
-                    "conv_transpose1d": _make_transposed,
-                    "conv_transpose2d": _make_transposed,
-                },
+                "conv1d": _make_conv,
+                "conv2d": _make_conv,
+                "conv_transpose1d": _make_transposed,
+                "conv_transpose2d": _make_transposed,
+            },
         ),
         reference="conv_output_channels.reference",
     ),

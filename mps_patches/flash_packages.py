@@ -76,16 +76,14 @@ def run_package(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
     try:
         out = package.call(importlib.import_module(package.module), q, k, v, scale)
     except Exception as error:
-        return _switch_off(name, f"{type(error).__name__}: {error}")
-    if out.shape != q.shape or out.dtype != q.dtype:
-        return _switch_off(name, f"it gave {list(out.shape)} {out.dtype} for {list(q.shape)} {q.dtype}")
-    signature = (name, tuple(q.shape), tuple(k.shape), q.dtype)
-    if signature not in _checked:
-        error = _error(out, q, k, v, scale)
-        if not error <= TOLERANCE[q.dtype]:
-            return _switch_off(name, f"relative error {error:.1e} at {list(q.shape)} x {k.shape[2]} keys")
-        _checked.add(signature)
-    return out
+        fault = f"{type(error).__name__}: {error}"
+    else:
+        fault = _fault(name, out, q, k, v, scale)
+    if not fault:
+        return out
+    _off[name] = fault
+    log.warning("%s is not used for attention in this session: %s.", name, fault)
+    return None
 
 
 def forget() -> None:
@@ -103,9 +101,18 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _switch_off(name: str, reason: str) -> None:
-    _off[name] = reason
-    log.warning("%s is not used for attention in this session: %s.", name, reason)
+def _fault(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
+    """What is wrong with a package's result, or ""; its numbers are looked at for the first call of each shape."""
+    if out.shape != q.shape or out.dtype != q.dtype:
+        return f"it gave {list(out.shape)} {out.dtype} for {list(q.shape)} {q.dtype}"
+    signature = (name, tuple(q.shape), tuple(k.shape), q.dtype)
+    if signature in _checked:
+        return ""
+    error = _error(out, q, k, v, scale)
+    if not error <= TOLERANCE[q.dtype]:
+        return f"relative error {error:.1e} at {list(q.shape)} x {k.shape[2]} keys"
+    _checked.add(signature)
+    return ""
 
 
 def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:

@@ -25,19 +25,25 @@ def reference(shape: tuple[int, ...], generator: torch.Generator, device: torch.
 
 
 def _apart(generator: Any, device: str) -> bool:
-    return isinstance(generator, torch.Generator) and generator.device.type != device and "mps" in (
-        generator.device.type,
-        device,
+    return (
+        isinstance(generator, torch.Generator)
+        and generator.device.type != device
+        and "mps"
+        in (
+            generator.device.type,
+            device,
+        )
     )
 
 
 def _make_function(original: Function) -> Function:
     def cured(*args: Any, **kwargs: Any) -> Tensor:
         device = kwargs.get("device")
-        wanted = torch.device("cpu" if device is None else device)
         generator = kwargs.get("generator")
-        if generator is not None and kwargs.get("out") is None and _apart(generator, wanted.type):
-            return original(*args, **{**kwargs, "device": generator.device}).to(wanted)
+        if generator is not None and kwargs.get("out") is None:
+            wanted = torch.get_default_device() if device is None else torch.device(device)
+            if _apart(generator, wanted.type):
+                return original(*args, **{**kwargs, "device": generator.device}).to(wanted)
         return original(*args, **kwargs)
 
     return cured

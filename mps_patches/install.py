@@ -107,7 +107,7 @@ def environment_name(defect_id: str) -> str:
 
 
 def choice_for(defect: Defect, choices: Mapping[str, str] | None = None) -> Choice:
-    """"on", "off" or "auto" for one patch: the environment first, then ``choices``, then the table's own switch."""
+    """Whether one patch is "on", "off" or "auto": by the environment first, then ``choices``, then the table."""
     for source, value in (
         (environment_name(defect.id), os.environ.get(environment_name(defect.id))),
         (defect.id, (choices or {}).get(defect.id)),
@@ -129,6 +129,9 @@ def run_probe(defect: Defect, device: torch.device, quick: bool) -> ProbeResult:
     except Exception as error:
         log.warning("The probe for %s could not run: %s", defect.id, error)
         return ProbeResult(True, 0.0, 0.0, f"the probe could not run: {error}", applicable=False)
+    finally:
+        if not quick and device.type == "mps":
+            torch.mps.empty_cache()
 
 
 def apply(device: torch.device | str | None = None, choices: Mapping[str, str] | None = None) -> Report:
@@ -180,7 +183,7 @@ def _install_if_needed(defect: Defect, device: torch.device, probe: ProbeResult)
     if probe.ok:
         return Entry(defect.id, "not needed", probe.detail, probe)
     entry = _install(defect, "patched", probe.detail, probe)
-    if entry.state != "patched":
+    if entry.state != "patched" or entry.detail != probe.detail:
         return entry
     after = run_probe(defect, device, quick=True)
     if after.ok and after.applicable:
@@ -190,23 +193,26 @@ def _install_if_needed(defect: Defect, device: torch.device, probe: ProbeResult)
 
 
 def _install(defect: Defect, state: State, detail: str, probe: ProbeResult | None) -> Entry:
-    """Replace the targets of one cure, all or none: a cure that is only half in place helps nobody."""
+    """Replace the targets of one cure, except those that another pack has replaced already."""
     assert defect.cure is not None
     found = [(path, name, owner) for path, name in defect.cure.targets if (owner := _owner(path, name)) is not None]
-    for path, name, owner in found:
-        if (path, name) not in _slots and (pack := _foreign(getattr(owner, name), path)):
-            return Entry(defect.id, "left to another pack", f"{pack} has replaced {path}.{name}", probe)
     if not found:
         return Entry(defect.id, "not applicable", "none of the functions it replaces is there", probe)
+    free = []
     for path, name, owner in found:
-        slot = _slots.get((path, name))
-        if slot is None:
-            slot = _Slot(owner, name, getattr(owner, name), name not in vars(owner))
-            _slots[path, name] = slot
-            setattr(owner, name, slot.stand_in)
+        if (path, name) not in _slots and (pack := _foreign(getattr(owner, name), path)):
+            detail += f"; {pack} has replaced {path}.{name}, which is left to it"
+        else:
+            free.append((path, name, owner))
+    if not free:
+        return Entry(defect.id, "left to another pack", detail, probe)
+    for path, name, owner in free:
+        if (path, name) not in _slots:
+            slot = _slots[path, name] = _Slot(owner, name, getattr(owner, name), name not in vars(owner))
             _tell_torch_script(slot, True)
-        slot.cures[defect.id] = defect.cure.maker(name)
-        slot.rebuild()
+            setattr(owner, name, slot.stand_in)
+        _slots[path, name].cures[defect.id] = defect.cure.maker(name)
+        _slots[path, name].rebuild()
     return Entry(defect.id, state, detail, probe)
 
 
@@ -236,13 +242,12 @@ def _restore(slot: _Slot) -> None:
 
 
 def _tell_torch_script(slot: _Slot, installed: bool) -> None:
-    """Keep torch.jit's table of built-in functions, which is by identity, in step; it may not have been made yet."""
-    table = torch.jit._builtins._builtin_table  # type: ignore[attr-defined]
-    if table is not None:
-        if not installed:
-            table.pop(id(slot.stand_in), None)
-        elif id(slot.original) in table:
-            table[id(slot.stand_in)] = table[id(slot.original)]
+    """Keep torch.jit's table of built-in functions, which is by identity, in step."""
+    table = torch.jit._builtins._get_builtin_table()  # type: ignore[attr-defined]
+    if not installed:
+        table.pop(id(slot.stand_in), None)
+    elif id(slot.original) in table:
+        table[id(slot.stand_in)] = table[id(slot.original)]
 
 
 def _rebind() -> None:
@@ -254,10 +259,10 @@ def _rebind() -> None:
         if module_name.split(".")[0] == "torch" or module_name.startswith(f"{__package__}."):
             continue
         for name, value in list(getattr(module, "__dict__", {}).items()):
-            slot = slots.get(id(value))
-            if slot is not None and value is slot.original:
-                setattr(module, name, slot.stand_in)
-                slot.rebound.append((module, name))
+            known = slots.get(id(value))
+            if known is not None and value is known.original:
+                setattr(module, name, known.stand_in)
+                known.rebound.append((module, name))
 
 
 def _owner(path: str, attribute: str) -> Any:

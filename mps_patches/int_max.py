@@ -134,7 +134,7 @@ def probe(device: torch.device, quick: bool) -> ProbeResult:
     """Square a few numbers that lie in a buffer beyond the limit: 2 GiB, so not at start; before 2.9 never."""
     limit = gate.LIMITS[ID]
     if limit > 1 << 24 and quick:
-        return probing.not_applicable(f"checked by the Doctor only: takes {limit / (1 << 30):.0f} GiB")
+        return probing.not_applicable(f"checked by the Doctor only: takes {limit / probing.GIB:.0f} GiB")
     if limit > 1 << 24 and gate.torch_before(2, 9):
         return probing.not_applicable("not tried out: where it fails, torch before 2.9 ends the process")
     if reason := probing.lacks_memory(device, limit + (1 << 29)):
@@ -172,12 +172,12 @@ DEFECTS = (
                 *(("torch", name) for name in _NAMES),
             ),
             make={
-                    **dict.fromkeys(("pow", "__pow__"), _make_pow),
-                    **dict.fromkeys(_NAMES, _make_cat),
-                    "bmm": _make_bmm,
-                    "baddbmm": _make_baddbmm,
-                    "repeat": _make_repeat,
-                },
+                **dict.fromkeys(("pow", "__pow__"), _make_pow),
+                **dict.fromkeys(_NAMES, _make_cat),
+                "bmm": _make_bmm,
+                "baddbmm": _make_baddbmm,
+                "repeat": _make_repeat,
+            },
             preventive=True,
         ),
         reference="int_max.reference_bmm",

@@ -134,7 +134,7 @@ def probe_half(device: torch.device, quick: bool) -> ProbeResult:
     results = []
     for shape, dtype in cases:
         latents = probing.noise(shape, dtype)
-        arguments = {"scale_factor": [1.0, 2.0, 2.0], "mode": "nearest"}
+        arguments: dict[str, Any] = {"scale_factor": [1.0, 2.0, 2.0], "mode": "nearest"}
         expected = reference_half(latents, **arguments)
         compute = partial(torch.nn.functional.interpolate, latents.to(device), **arguments)
         results.append(probing.compare(compute, expected, probing.EXACT, f"nearest of {tuple(shape)}, {dtype}"))

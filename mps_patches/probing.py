@@ -13,6 +13,9 @@ import torch
 from .registry import ProbeResult
 
 EXACT = 0.0
+GIB = 1 << 30
+# Bytes that a probe may take on the device.
+LARGEST_PROBE = 4 * GIB
 
 
 def noise(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -32,9 +35,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def compare(
-    compute: Callable[[], torch.Tensor], expected: torch.Tensor, tolerance: float, what: str
-) -> ProbeResult:
+def compare(compute: Callable[[], torch.Tensor], expected: torch.Tensor, tolerance: float, what: str) -> ProbeResult:
     """Hold what the device computes against the reference; a refusal by the device is a defect too."""
     try:
         actual = compute().cpu()
@@ -64,9 +65,11 @@ def first_line(error: BaseException) -> str:
 
 def lacks_memory(device: torch.device, needed: int) -> str | None:
     """Why ``needed`` bytes should not be taken on the device for a probe, or None."""
+    if needed > LARGEST_PROBE:
+        return f"not tried out: takes {needed / GIB:.1f} GiB"
     if device.type != "mps":
         return None
     free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if free >= needed:
         return None
-    return f"needs {needed / (1 << 30):.1f} GiB, {max(free, 0) / (1 << 30):.1f} GiB are free"
+    return f"needs {needed / GIB:.1f} GiB, {max(free, 0) / GIB:.1f} GiB are free"

@@ -8,6 +8,8 @@ format decodes on the device: the probe decodes and multiplies there.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,8 @@ def probe(device: torch.device, quick: bool) -> ProbeResult:
         weight = QuantizedWeight(blocks.to(device), block_format, (rows, columns), torch.float16)
         if weight.dtype != torch.float16:
             return ProbeResult(False, float("inf"), 0.0, f"{name} reports {weight.dtype}")
-        results.append(
-            probing.compare(lambda weight=weight: _product(input.to(device), weight), expected, 1e-2, f"linear, {name}")
-        )
+        compute = partial(_product, input.to(device), weight)
+        results.append(probing.compare(compute, expected, 1e-2, f"linear, {name}"))
     return probing.worst(results)
 
 

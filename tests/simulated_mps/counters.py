@@ -8,7 +8,7 @@ from .device import extension
 
 
 class OpCount(NamedTuple):
-    """One operation's calls, the bytes of its inputs and outputs, and the elements of its largest tensor."""
+    """One operation's calls, the bytes of all tensors it was given and returned, the elements of the largest one."""
 
     calls: int
     bytes: int
@@ -19,10 +19,11 @@ class OpCount(NamedTuple):
 class Stats:
     """What happened since the last reset(); sizes in bytes.
 
-    `live` and `peak` count tensors' buffers, `driver` also what the allocator keeps for reuse. `ops` and
-    `fell_back` have the operations' names without variant ("mm", "add", "copy", "conv3d", "sdpa.prefill"). `syncs` counts every wait of the host:
-    torch.mps.synchronize, reading a number, a copy to the host, an op with a data-dependent shape, a CPU fallback.
-    `float64_ops` tells which torch operations the attempts came from.
+    `live` and `peak` count tensors' buffers, `driver` also what the allocator keeps for reuse. `ops` and `fell_back`
+    have the operations' names without variant ("mm", "add", "copy", "conv3d", "sdpa.prefill"); a 1-D convolution is
+    a conv2d to torch. `syncs` counts every wait of the host: torch.mps.synchronize, reading a number, a copy to the
+    host, an op with a data-dependent shape, a CPU fallback. `float64_ops` tells which torch operations the attempts
+    came from. `dry_computed` counts large ops that dry mode had to run since they have no meta kernel.
     """
 
     live: int

@@ -110,7 +110,10 @@ def limits(high_watermark_bytes: int = 0, max_buffer_bytes: int = 0, recommended
 
 
 def mac(ram_gb: float) -> None:
-    """Set the limits of a Mac with this memory in GiB: working set 2/3 up to 36 GiB, else 3/4, of which 3/4 a buffer."""
+    """Set the limits of a Mac with this memory in GiB.
+
+    The working set is 2/3 of it up to 36 GiB, 3/4 above; the largest buffer is 3/4 of the working set.
+    """
     recommended = int(ram_gb * (1 << 30) * (2 / 3 if ram_gb <= 36 else 3 / 4))
     limits(0, recommended * 3 // 4, recommended)
 
@@ -152,6 +155,10 @@ def _patch_torch(version: tuple[int, ...]) -> None:
         "_mps_queryEvent": lambda event: True,
         "_mps_elapsedTimeOfEvents": lambda start, end: 0.0,
         "_mps_compileShader": _compile_shader,
+        "_accelerator_getAccelerator": lambda: torch.device("mps"),
+        "_accelerator_getDeviceIndex": lambda: 0,
+        "_accelerator_synchronizeDevice": lambda *_: ext.synchronize(),
+        "_accelerator_emptyCache": ext.empty_cache,
     }
     for name, function in functions.items():
         setattr(torch._C, name, function)
@@ -174,5 +181,3 @@ def _compile_shader(source: str) -> Any:
     if shader_compiler is None:
         raise RuntimeError("The simulated MPS device runs no Metal: set simulated_mps.device.shader_compiler first.")
     return shader_compiler(source)
-
-

@@ -28,14 +28,14 @@ def install_from_environment() -> None:
 
 
 def _patch_psutil(total: int) -> None:
-    """Let psutil report a machine with `total` bytes, of which the device's tensors take their part."""
+    """Let psutil report a machine with `total` bytes, of which the device's tensors alone take their part."""
     import psutil
 
     original = psutil.virtual_memory
 
     def virtual_memory() -> Any:
-        memory = original()
-        available = max(min(total, memory.available) - stats().live, 0)
-        return memory._replace(total=total, available=available, percent=round(100 * (1 - available / total), 1))
+        available = max(total - stats().live, 0)
+        percent = round(100 * (1 - available / total), 1)
+        return original()._replace(total=total, available=available, free=available, percent=percent)
 
     psutil.virtual_memory = virtual_memory

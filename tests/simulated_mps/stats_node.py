@@ -7,6 +7,7 @@ is measured. SimulatedStats writes the counters as <name>.json into the output f
 import os
 
 import folder_paths
+
 import simulated_mps
 
 

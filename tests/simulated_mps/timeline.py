@@ -37,7 +37,7 @@ class Timeline:
     curve: list[int]
 
     def by_operation(self) -> dict[str, int]:
-        """Bytes live at the peak by operation, largest first; "" is what was there before."""
+        """Bytes live at the peak by operation, largest first."""
         return self._sums("operation")
 
     def by_module(self) -> dict[str, int]:
@@ -78,8 +78,11 @@ def timeline() -> Timeline:
     for label, change in events[:end]:
         live[label][0] += change
         live[label][1] += 1 if change > 0 else -1
-    entries = [Entry(*labels[label], size, count) for label, (size, count) in live.items() if size > 0]
-    entries = [entry._replace(operation=entry.operation or "before the recording") for entry in entries]
+    entries = []
+    for label, (size, count) in live.items():
+        operation, module = labels[label]
+        if size > 0:
+            entries.append(Entry(operation if label else "before the recording", module, size, count))
     return Timeline(before, curve[end], sorted(entries, key=lambda entry: -entry.bytes), curve)
 
 

@@ -117,6 +117,16 @@ def test_causal_scale_shared_keys_and_narrow_values(keys):
         assert_close(found, exact(q, k, v, None, scale, causal), torch.float32)
 
 
+@pytest.mark.parametrize(("version", "method"), [(OLD, "chunks"), (NEW, "sdpa-padded"), (NEW, "sdpa")])
+def test_groups_of_heads_that_begin_inside_shared_keys(version, method):
+    head_dim = 64 if method == "sdpa" else 16
+    q, k, v = tensors(1, 6, 40, 50, head_dim, torch.float32, key_heads=2)
+    plan = plan_attention(1, 6, 40, 50, head_dim, torch.float32, version, limits=GATED)
+    assert plan.method == method
+    for heads in (2, 4, 5):
+        assert_close(attend(q, k, v, replace(plan, heads=heads)), exact(q, k, v), torch.float32)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = tensors(1, 1, 64, 200, 16, torch.float32)
     plan = plan_attention(1, 1, 64, 200, 16, torch.float32, OLD, limits=SMALL)

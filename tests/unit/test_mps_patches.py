@@ -1,5 +1,6 @@
 """The table of MPS defects, and switching their cures on and off on a machine that is told it has an MPS device."""
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -154,7 +155,7 @@ def test_choices_and_the_environment(monkeypatch, fake_device, caplog):
 
 def test_another_packs_patch_is_left_in_place(monkeypatch, fake_device, caplog):
     caplog.set_level(logging.INFO)
-    original, _ = add_toy(monkeypatch)
+    original, defect = add_toy(monkeypatch)
     scope = {"functools": functools, "original": original, "__name__": "ComfyUI-AppleSilicon-FP8.patches"}
     code = compile("def theirs(x):\n    return original(x) + 100", "patches.py", "exec")
     theirs = types.FunctionType(code.co_consts[0], scope, "theirs")
@@ -163,6 +164,15 @@ def test_another_packs_patch_is_left_in_place(monkeypatch, fake_device, caplog):
     report = install.apply(fake_device, {"toy-defect": "on"})
     assert report.entries["toy-defect"].state == "left to another pack" and TOY.toy is theirs
     assert "ComfyUI-AppleSilicon-FP8.patches has replaced toy_functions.toy" in caplog.text
+    other = TOY.other = types.FunctionType(toy.__code__, {"__name__": "toy_functions"}, "other")
+    cure = dataclasses.replace(defect.cure, targets=(("toy_functions", "toy"), ("toy_functions", "other")))
+    monkeypatch.setattr(install, "DEFECTS", {"toy-defect": dataclasses.replace(defect, cure=cure)})
+    install.remove()
+    report = install.apply(fake_device)
+    assert report.replaced == ("toy_functions.other",) and TOY.toy is theirs and TOY.other(1) == 20
+    assert "which is left to it" in report.entries["toy-defect"].detail
+    install.remove()
+    assert TOY.other is other
 
 
 def test_a_wrapper_put_over_ours_survives_removal(monkeypatch, fake_device):
@@ -207,7 +217,8 @@ def test_torch_methods_come_back_as_they_were(fake_device):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_script_still_compiles_patched_functions(fake_device):
-    install.apply(fake_device, {"interpolate-half-5d": "on", "matmul-large-k": "on", "pad-rank-5": "on"})
+    choices = {name: "on" for name, defect in DEFECTS.items() if defect.kind == "process"}
+    install.apply(fake_device, choices)
 
     def step(x: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.pad(x, [1, 1])
@@ -216,6 +227,7 @@ def test_torch_script_still_compiles_patched_functions(fake_device):
 
     scripted = torch.jit.script(step)
     assert torch.allclose(scripted(noise(1, 2, 3)), step(noise(1, 2, 3)))
+    torch.jit.script(torch.nn.Sequential(torch.nn.Conv1d(2, 3, 1), torch.nn.Linear(4, 4), torch.nn.RMSNorm(4)))
 
 
 def test_registry_imports_nothing_until_it_is_read():

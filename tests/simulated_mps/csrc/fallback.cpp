@@ -243,15 +243,15 @@ class Call {
   void count() {
     State& s = state();
     s.count(base_, bytes_, largest_);
-    if (base_ == "_local_scalar_dense") s.count_device_to_host(bytes_);
+    if (base_ == "_local_scalar_dense") s.count_copy(&Counters::device_to_host, bytes_);
     if (on_cpu_) {
       int64_t inputs = 0;
       for (const auto& [device, cpu] : aliases_) inputs += static_cast<int64_t>(cpu.nbytes());
-      s.count_device_to_host(inputs);
-      s.count_host_to_device(bytes_ - inputs);
+      s.count_copy(&Counters::device_to_host, inputs);
+      s.count_copy(&Counters::host_to_device, bytes_ - inputs);
     }
     if (on_cpu_ || waits_for_data(base_)) s.count_sync();
-    if (on_cpu_) {
+    if (on_cpu_) {  // after the wait, which does not cover what follows
       std::lock_guard<std::mutex> lock(s.mutex);
       s.counters.fell_back[base_]++;
       s.fallback_pending = true;
@@ -282,7 +282,7 @@ class Call {
     const Stack inputs = meta;
     try {
       op_.callBoxed(&meta);
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {  // no meta kernel, or a refusal that the real call below repeats
       if (largest_ > state().dry_above) state().counters.dry_computed++;
       return false;
     }

@@ -71,16 +71,11 @@ at::Tensor& copy_(at::Tensor& destination, const at::Tensor& source, bool) {
     to.copy_(from_device ? cpu_alias(source) : source);
   }
   const auto bytes = static_cast<int64_t>(destination.nbytes());
-  if (to_device && from_device) {
-    CopyCount& copies = state().counters.device_to_device;
-    copies.copies++;
-    copies.bytes += bytes;
-  } else if (to_device) {
-    state().count_host_to_device(bytes);
-  } else {
-    state().count_device_to_host(bytes);
-    state().count_sync();
-  }
+  const auto direction = !to_device    ? &Counters::device_to_host
+                         : from_device ? &Counters::device_to_device
+                                       : &Counters::host_to_device;
+  state().count_copy(direction, bytes);
+  if (!to_device) state().count_sync();
   state().count("copy", 2 * bytes, destination.numel());
   return destination;
 }

@@ -170,16 +170,11 @@ void State::count(const std::string& op, int64_t bytes, int64_t largest) {
   entry.largest = std::max(entry.largest, largest);
 }
 
-void State::count_host_to_device(int64_t bytes) {
+void State::count_copy(CopyCount Counters::* direction, int64_t bytes) {
   std::lock_guard<std::mutex> lock(mutex);
-  counters.host_to_device.copies++;
-  counters.host_to_device.bytes += bytes;
-}
-
-void State::count_device_to_host(int64_t bytes) {
-  std::lock_guard<std::mutex> lock(mutex);
-  counters.device_to_host.copies++;
-  counters.device_to_host.bytes += bytes;
+  CopyCount& copies = counters.*direction;
+  copies.copies++;
+  copies.bytes += bytes;
 }
 
 void State::count_sync() {

@@ -112,8 +112,7 @@ struct State {
   bool dry() const { return dry_above > 0; }
   bool dry(int64_t elements) const { return dry_above > 0 && elements > dry_above; }
   void count(const std::string& op, int64_t bytes, int64_t largest);
-  void count_host_to_device(int64_t bytes);
-  void count_device_to_host(int64_t bytes);
+  void count_copy(CopyCount Counters::* direction, int64_t bytes);
   void count_sync();
   void reset();
 };

@@ -13,11 +13,11 @@ def test_operations_and_bytes():
     a, b = torch.ones(8, 16, device="mps"), torch.ones(16, 4, device="mps")
     sim.reset()
     c = a @ b
-    c.add_(c)
+    c.add_(c)  # reads two operands and writes one
     ops = sim.stats().ops
     assert ops == {
         "mm": sim.OpCount(1, 4 * (8 * 16 + 16 * 4 + 8 * 4), 8 * 16),
-        "add": sim.OpCount(1, 4 * 2 * 8 * 4, 8 * 4),
+        "add": sim.OpCount(1, 4 * 3 * 8 * 4, 8 * 4),
     }
 
 

@@ -19,9 +19,9 @@ if os.environ.get("COMFYUI_DIR") is None:
     os.environ["COMFYUI_DIR"] = str(fetch_comfyui.fetch())
 sys.path.insert(0, os.environ["COMFYUI_DIR"])
 
-import comfy.extra_samplers.uni_pc  # noqa: E402, F401
-from apple_silicon_video.mps_patches import attention, attention_plan, doctor, doctor_views, gate, install  # noqa: E402
-from apple_silicon_video.mps_patches.registry import DEFECTS  # noqa: E402
+import comfy.extra_samplers.uni_pc  # noqa: F401
+from apple_silicon_video.mps_patches import attention, attention_plan, doctor, doctor_views, gate, install
+from apple_silicon_video.mps_patches.registry import DEFECTS
 
 TABLE = tuple(map(int, sim.installed()["torch"].split(".")[:2]))
 RED = (doctor.CURED, doctor.DEFECT)

@@ -58,7 +58,7 @@ def test_float8_can_be_held_but_not_converted(name):
 )
 def test_operations_come_with_their_torch_version(since, function):
     x = torch.randn(1, 1, 4, 4, 4)
-    if TABLE >= since:
+    if since <= TABLE:
         torch.testing.assert_close(function(x.to("mps")).cpu(), function(x))
     else:
         with pytest.raises(NotImplementedError, match="not currently implemented for the MPS device"):
@@ -106,7 +106,7 @@ def test_generator_on_the_wrong_device():
 def test_out_of_memory():
     sim.limits(high_watermark_bytes=4 * MIB, recommended_bytes=3 * MIB)
     held = torch.empty(3 * MIB, dtype=torch.uint8, device="mps")
-    with pytest.raises(torch.OutOfMemoryError, match="MPS backend out of memory .* PYTORCH_MPS_HIGH_WATERMARK_RATIO"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"MPS backend out of memory .* PYTORCH_MPS_HIGH_WATERMARK_RATIO"):
         torch.empty(2 * MIB, dtype=torch.uint8, device="mps")
     del held
     torch.empty(2 * MIB, dtype=torch.uint8, device="mps")

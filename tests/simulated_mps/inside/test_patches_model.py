@@ -24,7 +24,7 @@ import comfy.ldm.modules.diffusionmodules.model as core_vae
 import comfy.ldm.wan.vae as wan_vae
 import comfy.ldm.wan.vae2_2 as wan_vae_2_2
 import comfy.model_management
-from apple_silicon_video.mps_patches import attention, attention_plan, comfy_vae, install
+from apple_silicon_video.mps_patches import attention, attention_plan, comfy_vae, gate, install
 from apple_silicon_video.mps_patches.attention_plan import plan_attention, scaled
 from apple_silicon_video.mps_patches.chunked_attention import attend, reference_attention
 from apple_silicon_video.mps_patches.comfy_attention import AttentionOverride, Call
@@ -161,12 +161,22 @@ def peak_of(call):
     return result, sim.stats().peak - before
 
 
+def free_memory(monkeypatch, size):
+    """What core believes to be free."""
+
+    def answer(dev=None, torch_free_too=False):
+        return (size, size) if torch_free_too else size
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", answer)
+
+
 def test_sdpa_materialises_before_2_13():
     assert DEFECTS["sdpa-materialises"].probe(MPS, True).ok == PREFILL
     assert (attention.attention_version(MPS) >= (2, 13)) == PREFILL
     attention.forget()
     with sim.rule("sdpa-materialises"):
         assert not DEFECTS["sdpa-materialises"].probe(MPS, True).ok
+        assert attention.PATCHED_PROBES["sdpa-materialises"](MPS, True).ok
         assert attention.attention_version(MPS) < (2, 13)
 
 
@@ -182,31 +192,32 @@ def test_chunks_peak_as_planned(budget):
     assert peak <= plan.block_bytes + found.nbytes + MIB // 4
     assert peak >= 0.6 * plan.block_bytes
     _, materialised = peak_of(lambda: core.attention_basic(q, k, v, 8, skip_reshape=True))
-    assert materialised > 2 * 8 * 2000 * 1500 * 2
+    assert materialised >= 2 * 8 * 2000 * 1500 * 2
     with sim.rule("sdpa-materialises"):
         _, materialised = peak_of(lambda: F.scaled_dot_product_attention(q, k, v))
     assert materialised >= 8 * 2000 * 1500 * 6
 
 
-@pytest.mark.parametrize(("method", "head_dim"), [("sdpa-padded", 40), ("sdpa-float32", 64)])
-def test_copies_for_the_prefill_kernel_peak_as_planned(method, head_dim):
-    if not PREFILL:
-        return  # torch forms the scores here, and the plan does not choose these ways
-    shape = (1, 8, 1000, 1000, head_dim)
+@pytest.mark.parametrize(("method", "head_dim"), [("sdpa", 64), ("sdpa-padded", 40), ("sdpa-float32", 64)])
+def test_the_ways_to_the_prefill_kernel_peak_as_planned(method, head_dim):
     limits = attention_plan.AttentionLimits(gate_elements=0, softmax_keys=100)
-    exact = method == "sdpa-padded"
-    plan = plan_attention(*shape, torch.bfloat16, (2, 13), 2 * MIB, half_softmax_exact=exact, limits=limits)
-    assert (plan.method, plan.heads < 8) == (method, True)
+    plan = plan_attention(
+        1, 8, 1000, 1000, head_dim, torch.bfloat16, attention.attention_version(MPS), 2 * MIB,
+        half_softmax_exact=method != "sdpa-float32", limits=limits,
+    )  # fmt: skip
+    assert plan.method == (method if PREFILL else "chunks")
+    assert plan.heads < 8
     q, k, v = (t.to(MPS) for t in tensors(*[(1, 8, 1000, head_dim)] * 3, dtype=torch.bfloat16))
     found, peak = peak_of(lambda: attend(q, k, v, plan))
-    assert peak <= 1.3 * plan.block_bytes + found.nbytes
-    assert set(sim.stats().ops) >= {"sdpa.prefill"}
+    assert peak <= plan.block_bytes + found.nbytes + MIB // 4
+    assert ("sdpa.prefill" in sim.stats().ops) == PREFILL
+    assert "sdpa.materialised" not in sim.stats().ops
 
 
 def test_wan_14b_layer_at_832x480_in_dry_mode(monkeypatch):
     """32,760 tokens, 40 heads: one call through core with and without the override."""
     sim.mac(64)
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 20 << 30)
+    free_memory(monkeypatch, 20 << 30)
     shape = (1, 32760, 5120)
     attention.attention_version(MPS), attention.half_softmax_is_exact(MPS)
     sim.dry(1 << 18)
@@ -214,7 +225,7 @@ def test_wan_14b_layer_at_832x480_in_dry_mode(monkeypatch):
     found, peak = peak_of(lambda: core.attention_sub_quad(q, k, v, 40, **OVERRIDE))
     assert found.shape == shape
     assert not {violation.rule for violation in sim.violations()} & {"scores-2-31", "matmul-large-k", "buffer-limit"}
-    assert peak <= found.nbytes + (16 * MIB if PREFILL else attention_plan.BUDGET + 16 * MIB)
+    assert peak <= found.nbytes + (attention_plan.BUDGET // 8 if PREFILL else attention_plan.BUDGET) + MIB
     sim.reset()
     with suppress(RuntimeError):
         core.attention_sub_quad(q, k, v, 40)
@@ -294,7 +305,7 @@ def sample_unipc(device, steps=20, shift=8.0):
     noise = tensors((1, 4, 2, 6, 6))[0]
 
     def model(x, sigma, **_):
-        return 0.6 * torch.tanh(x) + 0.2 * torch.sin(40 * sigma).view(-1, 1, 1, 1, 1)
+        return 0.6 * torch.tanh(x) + 0.2 * torch.sin(1000 * sigma).view(-1, 1, 1, 1, 1)
 
     return uni_pc.sample_unipc(model, noise.to(device), sigmas.to(device), {}, disable=True).cpu()
 
@@ -309,15 +320,24 @@ def exact_unipc(monkeypatch):
 
 def test_uni_pc_with_a_coarse_expm1(monkeypatch):
     right = exact_unipc(monkeypatch)
+
+    def bare():
+        """Core's error; torch 2.6 has no linear solver on MPS, and uni_pc stops with an exception."""
+        try:
+            return error(sample_unipc(MPS), right)
+        except NotImplementedError:
+            return float("inf")
+
+    assert (bare() == float("inf")) == (TABLE < (2, 7))
     with sim.rule("expm1-coarse"):
-        assert error(sample_unipc(MPS), right) > 0.05
+        assert bare() > 0.05
         with patched() as report:
             assert report.entries["expm1-coarse"].state == "patched"
             assert report.entries["unipc-float32"].state == "patched"
             assert error(sample_unipc(MPS), right) < 1e-4
-        assert error(sample_unipc(MPS), right) > 0.05
+        assert bare() > 0.05
     with patched() as report:
-        assert report.entries["expm1-coarse"].state == "not needed"
+        assert report.entries["expm1-coarse"].state == ("not needed" if TABLE >= (2, 7) else "patched")
 
 
 def test_uni_pc_of_a_core_with_float64_is_left_alone(monkeypatch):
@@ -336,7 +356,7 @@ def test_uni_pc_of_a_core_with_float64_is_left_alone(monkeypatch):
             assert uni_pc.UniPC.multistep_uni_pc_bh_update is theirs
 
 
-def test_the_step_does_not_leave_the_device(monkeypatch):
+def test_the_step_does_not_leave_the_device():
     """One copy of a few numbers a step; nothing in float64 on the device, nothing on the CPU in its stead."""
     with patched(unipc_float32="on"):
         sim.reset()
@@ -351,18 +371,18 @@ def test_the_step_does_not_leave_the_device(monkeypatch):
 
 
 def small_vae(module, seed=0):
-    """A Wan VAE of small width on the CPU, and its input of 5 frames at 512x512 and latent."""
+    """A Wan VAE of small width on the CPU, and its input: 5 frames at 256x256, and a latent of that size."""
     torch.manual_seed(seed)
     common = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_scales": [], "dropout": 0.0}
     if module is wan_vae:
         model = module.WanVAE(dim=4, z_dim=4, temperal_downsample=[False, True, True], **common)
-        latent = (1, 4, 2, 64, 64)
+        latent = (1, 4, 2, 32, 32)
     else:
         model = module.WanVAE(dim=4, dec_dim=4, z_dim=4, temperal_downsample=[False, True, True], **common)
-        latent = (1, 4, 2, 32, 32)
+        latent = (1, 4, 2, 16, 16)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
-    return model.eval(), torch.rand(1, 3, 5, 512, 512) * 2 - 1, torch.randn(latent)
+    return model.eval(), torch.rand(1, 3, 5, 256, 256) * 2 - 1, torch.randn(latent)
 
 
 @pytest.mark.parametrize("module", [wan_vae, wan_vae_2_2])
@@ -375,14 +395,16 @@ def test_wan_vae_encodes_and_decodes_right_with_the_pad_rule(module):
         return error(model.encode(pixels.to(MPS)), encoded), error(model.decode(latent.to(MPS)), decoded)
 
     assert max(errors()) < 1e-4
-    with sim.rule("pad-rank-5"):
-        # Wan 2.1 pads frames by concatenation; AvgDown3D of 2.2 calls F.pad on [B, C, T, H, W].
+    # Wan 2.1 pads frames by concatenation. AvgDown3D of 2.2 calls F.pad on [B, C, T, H, W], with frames to add from
+    # its second level on, where a side is a quarter: 1024x1024 reaches the true threshold, 256x256 a scaled one.
+    inner = 65536 if module is wan_vae else 4096
+    with sim.rule("pad-rank-5", inner=inner), gate.scaled(pad_rank_5=inner):
         assert (errors()[0] > 0.01) == (module is wan_vae_2_2)
-        with patched():
+        with patched(pad_rank_5="on"):
             assert max(errors()) < 1e-4
 
 
-def test_vae_attention_in_blocks_at_the_limits(monkeypatch):
+def test_vae_attention_in_blocks_at_the_limits():
     """One wide head over all positions of each frame."""
     q, k, v = tensors((2, 48, 20, 24), (2, 48, 20, 24), (2, 48, 20, 24))
     right = core_vae.normal_attention(q, k, v)
@@ -404,7 +426,7 @@ FORBIDDEN = {"scores-2-31", "int-max-dims", "buffer-limit", "cat-2-31", "index-s
 def test_real_vae_at_1280x720_in_dry_mode(name, direction, monkeypatch):
     """9 frames in bfloat16 on a 16 GB Mac's limits: attention within its budget, every tensor within the limits."""
     module, options, latent = REAL_VAES[name]
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 4 << 30)
+    free_memory(monkeypatch, 4 << 30)
     with torch.device("meta"):
         model = module.WanVAE(
             **options, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],

@@ -15,9 +15,7 @@ from ..device import SimulationError, extension, installed
 from . import attention, elements, layers, matmul
 from .model import Call, Rule, Thresholds
 
-RULES: dict[str, Rule] = {
-    rule.name: rule for rule in (*layers.RULES, *attention.RULES, *matmul.RULES, *elements.RULES)
-}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (*layers.RULES, *attention.RULES, *matmul.RULES, *elements.RULES)}
 
 _enabled: dict[str, dict[str, float]] = {}
 _found: dict[tuple[str, str, int], int] = {}

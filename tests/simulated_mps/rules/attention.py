@@ -50,9 +50,7 @@ def _see_the_next_token(call: Call, t: Thresholds, _) -> None:
     a = call.arguments
     visible = torch.ones(a["query"].shape[-2], a["key"].shape[-2], dtype=torch.bool).tril(diagonal=1)
     operands = (a["query"], a["key"], a["value"])
-    call.result.copy_(
-        F.scaled_dot_product_attention(*operands, visible, scale=a["scale"], enable_gqa=a["enable_gqa"])
-    )
+    call.result.copy_(F.scaled_dot_product_attention(*operands, visible, scale=a["scale"], enable_gqa=a["enable_gqa"]))
 
 
 def _short_query(call: Call, t: Thresholds) -> int | None:

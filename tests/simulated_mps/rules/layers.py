@@ -21,8 +21,7 @@ def _pad_over_the_first_frame(call: Call, t: Thresholds, _) -> None:
 
 
 def _half_input(call: Call, t: Thresholds) -> int | None:
-    x = call.arguments.get("self", call.arguments.get("input"))
-    return call.result.numel() if x.dtype in HALF else None
+    return call.result.numel() if call.result.dtype in HALF else None
 
 
 def _zeros(call: Call, t: Thresholds, _) -> None:
@@ -38,9 +37,14 @@ def _nearest_exact_index(old: int, new: int, factor: float | None) -> tuple[torc
     return index, bool(boundary.any())
 
 
+def _source(call: Call) -> torch.Tensor:
+    """The input, whose name differs between an operation's variants."""
+    return call.arguments["self" if "self" in call.arguments else "input"]
+
+
 def _nearest_exact_indices(call: Call) -> list[tuple[torch.Tensor, bool]]:
     a = call.arguments
-    x = a["self"] if "self" in a else a["input"]
+    x = _source(call)
     dims = x.dim() - 2
     names = ("scales",) if dims == 1 else ("scales_d", "scales_h", "scales_w")[-dims:]
     factors = a["scale_factors"] if a.get("scale_factors") else [a.get(name) for name in names]
@@ -52,7 +56,7 @@ def _boundary_positions(call: Call, t: Thresholds) -> int | None:
 
 
 def _one_pixel_too_low(call: Call, t: Thresholds, _) -> None:
-    x = call.arguments.get("self", call.arguments.get("input"))
+    x = _source(call)
     for dim, (index, _hit) in enumerate(_nearest_exact_indices(call), start=2):
         x = x.index_select(dim, index)
     call.result.copy_(x)
@@ -101,20 +105,17 @@ def _ignore_the_strides(call: Call, t: Thresholds) -> None:
 
 def _long_output(call: Call, t: Thresholds) -> int | None:
     a = call.arguments
-    weight, dims = a["weight"], a["weight"].dim() - 2
+    weight = a["weight"]
     channels = weight.shape[1] * a["groups"] if a["transposed"] else weight.shape[0]
-    if above(channels, t["channels"]):
-        return channels
-    length = _output_length(a) if dims == 1 else 0
-    return above(length, t["length"])
+    return above(channels, t["channels"]) or above(_output_length(a), t["length"])
 
 
 def _output_length(a: dict[str, Any]) -> int:
-    """Length of a 1-D convolution's output (output_padding aside)."""
-    length, kernel = a["input"].shape[-1], (a["weight"].shape[-1] - 1) * a["dilation"][0] + 1
+    """The output's last dim (output_padding aside); torch runs a 1-D convolution as a 2-D one of height 1."""
+    length, kernel = a["input"].shape[-1], (a["weight"].shape[-1] - 1) * a["dilation"][-1] + 1
     if a["transposed"]:
-        return (length - 1) * a["stride"][0] - 2 * a["padding"][0] + kernel
-    return (length + 2 * a["padding"][0] - kernel) // a["stride"][0] + 1
+        return (length - 1) * a["stride"][-1] - 2 * a["padding"][-1] + kernel
+    return (length + 2 * a["padding"][-1] - kernel) // a["stride"][-1] + 1
 
 
 def _refuse_channels(call: Call, t: Thresholds) -> None:
@@ -183,7 +184,7 @@ RULES = [
     ),
     Rule(
         "conv-output-channels",
-        "a convolution raises for more output channels, and a 1-D one for a longer output",
+        "a convolution raises for more output channels or, in effect a 1-D one, for a longer last dim of the output",
         (),
         ("convolution",),
         {"channels": 65536, "length": 65536},
