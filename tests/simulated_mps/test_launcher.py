@@ -15,9 +15,10 @@ import psutil, torch, simulated_mps
 from beside import HERE
 torch.ones(3, device="mps").sum().item()
 held = torch.empty(1 << 30, dtype=torch.uint8, device="mps")
+memory = psutil.virtual_memory()
 print(json.dumps({"argv": sys.argv, "name": __name__, "beside": HERE, "rules": dict(simulated_mps.enabled()),
-    "table": simulated_mps.installed()["torch"], "macos": platform.mac_ver()[0],
-    "ram": psutil.virtual_memory().total, "available": psutil.virtual_memory().available, "working_set": torch.mps.recommended_max_memory()}))
+    "table": simulated_mps.installed()["torch"], "macos": platform.mac_ver()[0], "ram": memory.total,
+    "available": memory.available, "working_set": torch.mps.recommended_max_memory()}))
 """
 
 
