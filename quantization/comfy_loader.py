@@ -7,17 +7,19 @@ the patcher, and turns what can be wrong with a file into one sentence.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.quant_ops
 import comfy.sd
 import comfy.text_encoders.wan
 import comfy.utils
-import safetensors
 import torch
 
 from ..mps_patches.comfy_attention import patch_model
@@ -27,29 +29,28 @@ from .comfy_ops import QuantizedOps
 from .comfy_patcher import QuantizedModelPatcher
 from .formats import FORMATS
 from .gguf import GGUFFile
+from .model_files import (
+    DIFFUSION_KEYS,
+    ENCODER_KEYS,
+    ModelFileError,
+    diffusion_model_given,
+    few,
+    first_line,
+    one_sentence,
+    refuse_other_kinds,
+    require_file,
+    starts_with_any,
+    unknown_model,
+)
+from .safetensors_file import SafetensorsError, SafetensorsFile, UnsupportedFormatError
+from .scaled_layouts import PLAIN, ScaledLayer, core_formats, scaled_layers, scaled_state_dict
 from .tensor import QuantizedWeight
 from .tokenizer import sentencepiece_model
 
 GGUF_SUFFIX = ".gguf"
-_LANGUAGE_MODEL_TENSORS = (
-    "token_embd.weight",
-    "output_norm.weight",
-    "blk.0.attn_q.weight",
-    "blk.0.attn_qkv.weight",
-)
-_LANGUAGE_MODEL_KEYS = ("model.embed_tokens.weight", "transformer.wte.weight", "tok_embeddings.weight")
-_ENCODER_KEYS = ("encoder.block.0.", "text_model.encoder.", "transformer.resblocks.")
-_DIFFUSION_KEYS = (
-    "model.diffusion_model.",
-    "blocks.0.",
-    "double_blocks.",
-    "transformer_blocks.",
-    "joint_blocks.",
-)
-
-
-class ModelFileError(ValueError):
-    """A model file cannot be used; the message is one sentence for the user."""
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+VOCABULARY_KEY = "spiece_model"
+_FINAL_NORM = "encoder.final_layer_norm.weight"
 
 
 def _gguf_state_dict(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -62,6 +63,58 @@ def _gguf_state_dict(file: GGUFFile, dtype: torch.dtype) -> dict[str, torch.Tens
         else:
             state_dict[name] = file.tensor(name)
     return _with_conv3d_shapes(state_dict)
+
+
+def _open_own(path: Path, own_loader: bool | None) -> tuple[SafetensorsFile, dict[str, ScaledLayer]] | None:
+    """The file and its one-byte weights if the pack loads it itself, None if core does.
+
+    Core computes with float8 tensors, which MPS does not have, and copies dense weights, which doubles the memory of
+    loading where the CPU's memory is the device's too. Elsewhere core's way is kept, unless this version of core lacks
+    a layout of the file. ``own_loader`` overrides the choice.
+    """
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES or own_loader is False:
+        return None
+    on_mps = comfy.model_management.get_torch_device().type == "mps"
+    try:
+        file = SafetensorsFile(path)
+        layers = scaled_layers(file)
+    except SafetensorsError as error:
+        if isinstance(error, UnsupportedFormatError) and own_loader is None and not on_mps:
+            return None
+        raise ModelFileError(str(error)) from None
+    if own_loader is None:
+        own_loader = _prefers_own(file, layers)
+    return (file, layers) if own_loader else None
+
+
+def _prefers_own(file: SafetensorsFile, layers: dict[str, ScaledLayer]) -> bool:
+    device = comfy.model_management.get_torch_device()
+    if device.type != "mps":
+        return not core_formats(layers.values()) <= {PLAIN, *comfy.quant_ops.QUANT_ALGOS}
+    return bool(layers) or _is_half_precision(file, device)
+
+
+def _is_half_precision(file: SafetensorsFile, device: torch.device) -> bool:
+    """Whether most of a dense file is of a half-precision type that ``device`` has; float32 is better cast by core."""
+    sizes: dict[str, int] = Counter()
+    for info in file.tensors.values():
+        sizes[info.type_name] += info.nbytes
+    usable = ["F16"]
+    try:
+        torch.zeros(1, dtype=torch.bfloat16, device=device)
+        usable.append("BF16")
+    except (TypeError, RuntimeError):
+        pass
+    return sum(sizes[name] for name in usable) > sum(sizes.values()) / 2
+
+
+def _scaled_state_dict(
+    file: SafetensorsFile, layers: dict[str, ScaledLayer], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    try:
+        return scaled_state_dict(file, layers, dtype)
+    except SafetensorsError as error:
+        raise ModelFileError(str(error)) from None
 
 
 def _with_conv3d_shapes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -78,41 +131,14 @@ def _with_conv3d_shapes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.
     return state_dict
 
 
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _starts_with_any(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
-    return any(key.startswith(prefixes) for key in keys)
-
-
-def _refuse_other_kinds(path: Path, keys: Iterable[str], architecture: str | None) -> None:
-    """Raise for files that are no diffusion model, with the place where they belong."""
-    keys = set(keys)
-    if architecture in t5.ARCHITECTURES or _starts_with_any(keys, _ENCODER_KEYS):
-        raise ModelFileError(
-            f"{path.name} is a text encoder, not a diffusion model: load it with Load Text Encoder (MPS)."
-        )
-    if keys & {*_LANGUAGE_MODEL_TENSORS, *_LANGUAGE_MODEL_KEYS}:
-        kind = f" (architecture {architecture})" if architecture else ""
-        raise ModelFileError(
-            f"{path.name} is a language model{kind}, not a diffusion model: choose a video or image model's file."
-        )
-    if any("lora_" in key or ".lora" in key for key in keys):
-        raise ModelFileError(
-            f"{path.name} is a LoRA, not a diffusion model: move it to models/loras and load it there."
-        )
-    if {"encoder.conv1.weight", "decoder.conv1.weight"} & keys or "decoder.conv_in.weight" in keys:
-        raise ModelFileError(f"{path.name} is a VAE, not a diffusion model: load it with Load VAE (MPS).")
-
-
-def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Any:
+def load_diffusion_model(path: Path, dtype: torch.dtype | None = None, own_loader: bool | None = None) -> Any:
     """Load a diffusion model as core's MODEL.
 
     Args:
         path: a .gguf file, or anything that core's loader reads.
         dtype: compute dtype; None leaves the choice to core (by device and model).
+        own_loader: load safetensors in the pack's own way, the weights staying the file's bytes (True), or in core's
+            (False); None is the pack's way on MPS (but for float32), and for fp8 layouts that this core lacks.
 
     Raises:
         ModelFileError, GGUFError: the file cannot be used; one sentence.
@@ -120,14 +146,18 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     path = Path(path)
     if path.suffix.lower() == GGUF_SUFFIX:
         return _load_gguf_diffusion_model(path, dtype)
-    with _one_sentence(path):
+    require_file(path)
+    opened = _open_own(path, own_loader)
+    if opened is not None:
+        return _load_own_diffusion_model(path, dtype, opened=opened)
+    with one_sentence(path):
         state_dict, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     options = {} if dtype is None else {"dtype": dtype}
     keys = list(state_dict)
     patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, metadata=metadata)
     if patcher is None:
-        _refuse_other_kinds(path, keys, None)
-        raise _unknown_model(path, "its tensor names")
+        refuse_other_kinds(path, keys, None)
+        raise unknown_model(path, "its tensor names")
     patcher.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(path), options))
     return patch_model(patcher)
 
@@ -135,8 +165,34 @@ def load_diffusion_model(path: Path, dtype: torch.dtype | None = None) -> Any:
 def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = True) -> Any:
     """``disable_dynamic`` is how core calls a patcher's ``cached_patcher_init``; a quantised model is never dynamic."""
     file = GGUFFile(path)
-    _refuse_other_kinds(path, file.tensors, file.architecture)
-    state_dict = _gguf_state_dict(file, torch.float16)
+    refuse_other_kinds(path, file.tensors, file.architecture)
+    clue = f"the architecture {file.architecture!r}" if file.architecture else "its tensor names"
+    patcher = _quantised_model(path, _gguf_state_dict(file, torch.float16), dtype, clue)
+    patcher.cached_patcher_init = (_load_gguf_diffusion_model, (path, dtype))
+    _log_loaded(path, patcher, [info.type_name for info in file.tensors.values()])
+    return patcher
+
+
+def _load_own_diffusion_model(
+    path: Path,
+    dtype: torch.dtype | None,
+    disable_dynamic: bool = True,
+    opened: tuple[SafetensorsFile, dict[str, ScaledLayer]] | None = None,
+) -> Any:
+    """``opened``: what ``_open_own`` returned, if the file is open already. ``disable_dynamic`` as above."""
+    opened = opened or _open_own(path, own_loader=True)
+    if opened is None:
+        raise ModelFileError(f"{path.name} is no longer the file that was loaded: load it again.")
+    file, layers = opened
+    refuse_other_kinds(path, file.tensors, None)
+    patcher = _quantised_model(path, _scaled_state_dict(file, layers, torch.float16), dtype, "its tensor names")
+    patcher.cached_patcher_init = (_load_own_diffusion_model, (path, dtype))
+    _log_loaded(path, patcher, [info.type_name for info in file.tensors.values()])
+    return patcher
+
+
+def _quantised_model(path: Path, state_dict: dict[str, torch.Tensor], dtype: torch.dtype | None, clue: str) -> Any:
+    """core's MODEL of ``state_dict``, with QuantizedOps and the pack's patcher; ``clue``: what core knows it by."""
     names = dict(state_dict)
     options: dict[str, Any] = {"custom_operations": QuantizedOps}
     if dtype is not None:
@@ -150,25 +206,22 @@ def _load_gguf_diffusion_model(path: Path, dtype: torch.dtype | None, disable_dy
         ) from None
     except (RuntimeError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise ModelFileError(
-            f"{path.name} does not fit the model it looks like ({_first_line(error)}): "
+            f"{path.name} does not fit the model it looks like ({first_line(error)}): "
             "the file is incomplete or wrongly converted, download it again or use another conversion."
         ) from None
     if patcher is None:
-        raise _unknown_model(
-            path, f"the architecture {file.architecture!r}" if file.architecture else "its tensor names"
-        )
+        raise unknown_model(path, clue)
     _require_all_weights(path, patcher.model, names)
-    adopted = QuantizedModelPatcher.adopt(patcher)
-    adopted.cached_patcher_init = (_load_gguf_diffusion_model, (path, dtype))
-    logging.info("%s: %s, %d tensors, %s", path.name, type(adopted.model).__name__, len(names), _type_summary(file))
-    return patch_model(adopted)
+    return patch_model(QuantizedModelPatcher.adopt(patcher))
 
 
-def _type_summary(file: GGUFFile) -> str:
-    counts: dict[str, int] = {}
-    for info in file.tensors.values():
-        counts[info.type_name] = counts.get(info.type_name, 0) + 1
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+def _log_loaded(path: Path, patcher: Any, types: list[str]) -> None:
+    logging.info("%s: %s, %d tensors, %s", path.name, type(patcher.model).__name__, len(types), _type_summary(types))
+
+
+def _type_summary(types: list[str]) -> str:
+    counts = sorted(Counter(types).items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {count}" for name, count in counts)
 
 
 def _require_all_weights(path: Path, model: Any, loaded: dict[str, torch.Tensor]) -> None:
@@ -183,43 +236,9 @@ def _require_all_weights(path: Path, model: Any, loaded: dict[str, torch.Tensor]
         missing |= expected - provided
     if missing:
         raise ModelFileError(
-            f"{path.name} lacks {len(missing)} of the weights its model needs ({_few(missing)}): "
+            f"{path.name} lacks {len(missing)} of the weights its model needs ({few(missing)}): "
             "the file is incomplete, download it again."
         )
-
-
-def _unknown_model(path: Path, what: str) -> ModelFileError:
-    return ModelFileError(
-        f"{path.name} is no diffusion model that this ComfyUI knows ({what} not recognised): "
-        "update ComfyUI or choose another file."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    detail = next((line for line in lines if "has shape" in line or "size mismatch" in line), lines[0] if lines else "")
-    return detail[:200].rstrip(".: ") or type(error).__name__
-
-
-class _one_sentence:
-    """Turns any reading error of core's loader into a ModelFileError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        if not self.path.exists():
-            raise ModelFileError(f"{self.path.name} is missing or a broken link: put the file back or choose another.")
-        if self.path.is_dir():
-            raise ModelFileError(f"{self.path.name} is a folder, not a model file: choose the file in it.")
-        if self.path.stat().st_size == 0:
-            raise ModelFileError(f"{self.path.name} is empty (0 bytes): download it again.")
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (safetensors.SafetensorError, RuntimeError, ValueError, OSError, EOFError)):
-            raise ModelFileError(
-                f"{self.path.name} cannot be read ({_first_line(error)}): download it again."
-            ) from None
 
 
 def load_text_encoder(
@@ -227,6 +246,7 @@ def load_text_encoder(
     clip_type: str = "wan",
     embedding_folders: list[str] | None = None,
     on_cpu: bool = False,
+    own_loader: bool | None = None,
 ) -> Any:
     """Load a text encoder as core's CLIP.
 
@@ -235,6 +255,7 @@ def load_text_encoder(
         clip_type: what the encoder is for, in the words of core's CLIPLoader ("wan", "flux", ...).
         embedding_folders: where textual inversion embeddings lie.
         on_cpu: never run it on the GPU.
+        own_loader: as for ``load_diffusion_model``.
 
     Raises:
         ModelFileError, GGUFError: the file cannot be used; one sentence.
@@ -243,11 +264,15 @@ def load_text_encoder(
     kind = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     if path.suffix.lower() == GGUF_SUFFIX:
         return _load_gguf_text_encoder(path, kind, embedding_folders, _encoder_device(on_cpu, ()))
-    with _one_sentence(path):
+    require_file(path)
+    opened = _open_own(path, own_loader)
+    if opened is not None and (opened[1] or (kind == comfy.sd.CLIPType.WAN and VOCABULARY_KEY in opened[0].tensors)):
+        return _load_own_text_encoder(path, kind, embedding_folders, _encoder_device(on_cpu, ()), *opened)
+    with one_sentence(path):
         state_dict, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    if _starts_with_any(state_dict, _DIFFUSION_KEYS):
-        raise _diffusion_model_given(path)
-    if comfy.sd.detect_te_model(state_dict) is None and not _starts_with_any(state_dict, _ENCODER_KEYS):
+    if starts_with_any(state_dict, DIFFUSION_KEYS):
+        raise diffusion_model_given(path)
+    if comfy.sd.detect_te_model(state_dict) is None and not starts_with_any(state_dict, ENCODER_KEYS):
         raise ModelFileError(
             f"{path.name} is no text encoder that this ComfyUI knows: choose a file made for models/text_encoders."
         )
@@ -273,17 +298,11 @@ def _encoder_device(on_cpu: bool, dtypes: Iterable[torch.dtype]) -> dict[str, An
     return {"load_device": device, "offload_device": cpu, "initial_device": cpu}
 
 
-def _diffusion_model_given(path: Path) -> ModelFileError:
-    return ModelFileError(
-        f"{path.name} is a diffusion model, not a text encoder: load it with Load Diffusion Model (MPS)."
-    )
-
-
 def _load_gguf_text_encoder(path: Path, kind: Any, embedding_folders: list[str] | None, options: dict[str, Any]) -> Any:
     file = GGUFFile(path)
     if file.architecture not in t5.ARCHITECTURES:
-        if _starts_with_any(file.tensors, _DIFFUSION_KEYS):
-            raise _diffusion_model_given(path)
+        if starts_with_any(file.tensors, DIFFUSION_KEYS):
+            raise diffusion_model_given(path)
         raise ModelFileError(
             f"{path.name} has the architecture {file.architecture!r}, and only T5 and UMT5 are read from GGUF: "
             "choose a umt5-xxl-encoder file, or load this one from safetensors."
@@ -298,10 +317,80 @@ def _load_gguf_text_encoder(path: Path, kind: Any, embedding_folders: list[str] 
             f"{path.name} lacks the encoder weight {error.args[0]}: the file is incomplete, download it again."
         ) from None
 
+    if kind != comfy.sd.CLIPType.WAN:
+        return _quantised_encoder(path, kind, state_dict, embedding_folders, options)
+    _require_umt5(path, state_dict, config)
+    try:
+        vocabulary = sentencepiece_model(file.metadata)
+    except KeyError as error:
+        raise ModelFileError(
+            f"{path.name} has no vocabulary ({error.args[0]} is absent): use a conversion that includes the tokenizer."
+        ) from None
+    except ValueError as error:
+        raise ModelFileError(f"{path.name} cannot be used for Wan: {error}; choose a umt5-xxl-encoder file.") from None
+    umt5 = _UMT5(config, torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8), torch.float32)
+    return _quantised_encoder(path, kind, state_dict, embedding_folders, options, umt5)
+
+
+def _load_own_text_encoder(
+    path: Path,
+    kind: Any,
+    embedding_folders: list[str] | None,
+    options: dict[str, Any],
+    file: SafetensorsFile,
+    layers: dict[str, ScaledLayer],
+) -> Any:
+    if starts_with_any(file.tensors, DIFFUSION_KEYS):
+        raise diffusion_model_given(path)
+    state_dict = _scaled_state_dict(file, layers, torch.float16)
+    vocabulary = state_dict.pop(VOCABULARY_KEY, None)
+    if kind != comfy.sd.CLIPType.WAN or vocabulary is None:
+        if comfy.sd.detect_te_model(state_dict) is None:
+            raise ModelFileError(
+                f"{path.name} is no text encoder that this ComfyUI knows: choose a file made for models/text_encoders."
+            )
+        return _quantised_encoder(path, kind, state_dict, embedding_folders, options)
+    try:
+        config = t5.encoder_config(state_dict)
+    except KeyError as error:
+        raise ModelFileError(
+            f"{path.name} lacks the encoder weight {error.args[0]}: the file is incomplete, download it again."
+        ) from None
+    _require_umt5(path, state_dict, config)
+    umt5 = _UMT5(config, vocabulary, state_dict[_FINAL_NORM].dtype)
+    return _quantised_encoder(path, kind, state_dict, embedding_folders, options, umt5)
+
+
+def _require_umt5(path: Path, state_dict: dict[str, torch.Tensor], config: dict[str, int]) -> None:
+    if not t5.is_umt5(state_dict, config["num_layers"]):
+        raise ModelFileError(
+            f"{path.name} is a T5 encoder, and Wan needs a UMT5: choose a umt5-xxl-encoder file, or the type that "
+            "belongs to this one."
+        )
+
+
+@dataclass(frozen=True)
+class _UMT5:
+    """Wan's encoder as a file has it: hyperparameters, SentencePiece model (uint8), dtype asked of core."""
+
+    config: dict[str, int]
+    vocabulary: torch.Tensor
+    dtype: torch.dtype
+
+
+def _quantised_encoder(
+    path: Path,
+    kind: Any,
+    state_dict: dict[str, torch.Tensor],
+    embedding_folders: list[str] | None,
+    options: dict[str, Any],
+    umt5: _UMT5 | None = None,
+) -> Any:
+    """core's CLIP of a state dict in transformers' naming, with QuantizedOps and the pack's patcher."""
     options = {**options, "custom_operations": QuantizedOps}
     try:
-        if kind == comfy.sd.CLIPType.WAN:
-            clip = _umt5_clip(path, file, state_dict, config, embedding_folders, options)
+        if umt5 is not None:
+            clip = _umt5_clip(state_dict, umt5, embedding_folders, options)
         else:
             clip = comfy.sd.load_text_encoder_state_dicts(
                 [state_dict],
@@ -312,56 +401,38 @@ def _load_gguf_text_encoder(path: Path, kind: Any, embedding_folders: list[str] 
             )
     except RuntimeError as error:
         raise ModelFileError(
-            f"{path.name} does not fit the text encoder of {kind.name.lower()} ({_first_line(error)}): "
+            f"{path.name} does not fit the text encoder of {kind.name.lower()} ({first_line(error)}): "
             "choose the type that belongs to this file, or another conversion."
         ) from None
     missing = {name for name, parameter in clip.cond_stage_model.named_parameters() if parameter.is_meta}
     if missing:
         raise ModelFileError(
             f"{path.name} lacks {len(missing)} weights of the text encoder that {kind.name.lower()} needs "
-            f"({_few(missing)}): choose the type that belongs to this file."
+            f"({few(missing)}): choose the type that belongs to this file."
         )
     clip.patcher = QuantizedModelPatcher.adopt(clip.patcher)
     return clip
 
 
 def _umt5_clip(
-    path: Path,
-    file: GGUFFile,
-    state_dict: dict[str, torch.Tensor],
-    config: dict[str, int],
-    embedding_folders: list[str] | None,
-    options: dict[str, Any],
+    state_dict: dict[str, torch.Tensor], umt5: _UMT5, embedding_folders: list[str] | None, options: dict[str, Any]
 ) -> Any:
     """Core's Wan text encoder with the file's own size and vocabulary.
 
     Core recognises a UMT5-XXL by its 24th layer; here the file's tensors say what it is, so encoders of any depth load.
     """
-    if not t5.is_umt5(state_dict, config["num_layers"]):
-        raise ModelFileError(
-            f"{path.name} is a T5 encoder, and Wan needs a UMT5: choose a umt5-xxl-encoder file, or the type that "
-            "belongs to this one."
-        )
-    try:
-        vocabulary = sentencepiece_model(file.metadata)
-    except KeyError as error:
-        raise ModelFileError(
-            f"{path.name} has no vocabulary ({error.args[0]} is absent): use a conversion that includes the tokenizer."
-        ) from None
-    except ValueError as error:
-        raise ModelFileError(f"{path.name} cannot be used for Wan: {error}; choose a umt5-xxl-encoder file.") from None
     target = SimpleNamespace(
         params={},
-        clip=comfy.text_encoders.wan.te(dtype_t5=torch.float32),
+        clip=comfy.text_encoders.wan.te(dtype_t5=umt5.dtype),
         tokenizer=comfy.text_encoders.wan.WanT5Tokenizer,
     )
     return comfy.sd.CLIP(
         target,
         embedding_directory=embedding_folders,
-        tokenizer_data={"spiece_model": torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)},
+        tokenizer_data={VOCABULARY_KEY: umt5.vocabulary},
         parameters=sum(tensor.numel() for tensor in state_dict.values()),
         state_dict=[state_dict],
-        model_options={**options, "umt5xxl_model_config": config},
+        model_options={**options, "umt5xxl_model_config": umt5.config},
         disable_dynamic=True,
     )
 
@@ -375,7 +446,7 @@ def load_vae(path: Path, dtype: torch.dtype | None = None) -> Any:
     path = Path(path)
     if path.suffix.lower() == GGUF_SUFFIX:
         raise ModelFileError(f"{path.name} is a GGUF file, and VAEs come as safetensors: choose the .safetensors file.")
-    with _one_sentence(path):
+    with one_sentence(path):
         state_dict, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         vae = comfy.sd.VAE(sd=state_dict, dtype=dtype, metadata=metadata)
     if vae.first_stage_model is None:

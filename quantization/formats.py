@@ -1,7 +1,8 @@
 """The table of ggml block formats, and decoding whole tensors or single rows of them.
 
 Every type that gguf-py 0.19 can dequantise, on any device. Results equal gguf-py's in float32 bit for bit; float16 and
-bfloat16 are rounded once from that. Tensors are decoded in chunks, so that temporaries stay small whatever their size.
+bfloat16 are rounded once from that. On MPS metal_kernels.py goes first: one launch without temporaries. Otherwise
+tensors are decoded in chunks, so that temporaries stay small whatever their size.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from . import codebook_quants, iq_quants, k_quants, legacy_quants, ternary_quants
+from . import codebook_quants, iq_quants, k_quants, legacy_quants, metal_kernels, ternary_quants
 from .block_format import BlockFormat
 
 __all__ = [
@@ -56,6 +57,10 @@ def dequantize(raw: Tensor, fmt: BlockFormat, shape: Sequence[int], dtype: torch
     rows that are not whole blocks, a wrong number of bytes or another dtype.
     """
     _check(raw, fmt, shape, dtype)
+    if raw.device.type == "mps":
+        decoded = metal_kernels.dequantize(raw, fmt, prod(shape), dtype)
+        if decoded is not None:
+            return decoded.view(*shape)
     blocks = raw.view(-1, fmt.block_bytes)
     out = torch.empty(blocks.shape[0], fmt.block_size, dtype=dtype, device=raw.device)
     chunk = (CPU_CHUNK if raw.device.type == "cpu" else DEVICE_CHUNK) // fmt.block_size
@@ -77,6 +82,10 @@ def dequantize_rows(
         raise ValueError(f"Rows can only be taken from a matrix, not from a tensor of shape {tuple(shape)}.")
     _check(raw, fmt, shape, dtype)
     n_rows, n_cols = shape
+    if raw.device.type == "mps":
+        decoded = metal_kernels.dequantize_rows(raw, fmt, (n_rows, n_cols), rows.to(raw.device), dtype)
+        if decoded is not None:
+            return decoded.view(*rows.shape, n_cols)
     row_bytes = packed_size(fmt, (n_cols,))
     wanted = raw.view(n_rows, row_bytes).index_select(0, rows.reshape(-1).to(raw.device))
     return dequantize(wanted, fmt, (*rows.shape, n_cols), dtype)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from . import mapped_pages
 from .gguf_layout import (
     ALIGNMENT_KEY,
     ARCHITECTURE_KEY,
@@ -146,6 +147,7 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._map = _map_file(self.path)
+        mapped_pages.register(self._map)
         header = _Header(self.path, self._map)
         self.version = header.version()
         n_tensors, n_pairs = header.counts()

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from . import mapped_pages
 from .formats import BlockFormat, dequantize, dequantize_rows
+from .scaled_formats import ScaledFormat, Scales, dequantize_scaled, dequantize_scaled_rows
 
 aten = torch.ops.aten
 
@@ -33,6 +35,8 @@ PLAIN_FORMATS: dict[torch.dtype, PlainFormat] = {
     torch.bfloat16: PlainFormat("BF16", torch.bfloat16),
 }
 
+WeightFormat = BlockFormat | PlainFormat | ScaledFormat
+
 
 class QuantizedWeight(torch.Tensor):
     """Quantised blocks with the face of a dense tensor.
@@ -44,11 +48,13 @@ class QuantizedWeight(torch.Tensor):
         dtype: the floating-point dtype reported and decoded to by default.
         home: the blocks as they lie in the file (a view of the mapping). Moving back to the CPU returns to these
             instead of copying from the device.
+        scales: factors of a ScaledFormat that has any, on the device of the blocks.
     """
 
     _blocks: torch.Tensor
-    _format: BlockFormat | PlainFormat
+    _format: WeightFormat
     _home: torch.Tensor | None
+    _scales: Scales | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -56,10 +62,11 @@ class QuantizedWeight(torch.Tensor):
     def __new__(
         cls,
         blocks: torch.Tensor,
-        block_format: BlockFormat | PlainFormat,
+        block_format: WeightFormat,
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
         home: torch.Tensor | None = None,
+        scales: Scales | None = None,
     ) -> QuantizedWeight:
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, tuple(shape), dtype=dtype, device=blocks.device, requires_grad=False
@@ -67,6 +74,7 @@ class QuantizedWeight(torch.Tensor):
         self._blocks = blocks
         self._format = block_format
         self._home = blocks if home is None and blocks.device.type == "cpu" else home
+        self._scales = scales
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,14 +92,19 @@ class QuantizedWeight(torch.Tensor):
         return self._blocks
 
     @property
-    def block_format(self) -> BlockFormat | PlainFormat:
+    def block_format(self) -> WeightFormat:
         """The entry of the table of block formats that describes the bytes."""
         return self._format
 
     @property
+    def scales(self) -> Scales | None:
+        """Factors that lie beside the bytes (safetensors); None for blocks that hold their own, and where none are."""
+        return self._scales
+
+    @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes really held, so that memory accounting sees the quantised size."""
-        return self._blocks.nbytes
+        return self._blocks.nbytes + (self._scales.nbytes if self._scales is not None else 0)
 
     def dequantize(  # type: ignore[override]
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -101,6 +114,8 @@ class QuantizedWeight(torch.Tensor):
         blocks = self._blocks if device is None else self._blocks.to(device)
         if isinstance(self._format, PlainFormat):
             return blocks.view(-1).view(self._format.dtype).view(self.shape).to(dtype)
+        if isinstance(self._format, ScaledFormat):
+            return dequantize_scaled(blocks, self._format, self.shape, self._scales_on(blocks.device), dtype)
         return dequantize(blocks, self._format, (self.numel(),), dtype).view(self.shape)
 
     def dequantize_rows(self, rows: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -109,23 +124,31 @@ class QuantizedWeight(torch.Tensor):
         if isinstance(self._format, PlainFormat):
             table = self._blocks.view(-1).view(self._format.dtype).view(self.shape)
             return torch.nn.functional.embedding(rows, table).to(dtype)
+        if isinstance(self._format, ScaledFormat):
+            return dequantize_scaled_rows(self._blocks, self._format, tuple(self.shape), rows, self._scales, dtype)
         return dequantize_rows(self._blocks, self._format, tuple(self.shape), rows, dtype)
 
     def with_dtype(self, dtype: torch.dtype) -> QuantizedWeight:
         """The same blocks, reporting another dtype."""
-        return QuantizedWeight(self._blocks, self._format, self.shape, dtype, self._home)
+        return QuantizedWeight(self._blocks, self._format, self.shape, dtype, self._home, self._scales)
+
+    def _scales_on(self, device: torch.device) -> Scales | None:
+        return None if self._scales is None else self._scales.to(device)
 
     def on_device(self, device: torch.device) -> QuantizedWeight:
         """The same weight on ``device``; on the CPU the blocks of the file are used again."""
         if device == self.device or (device.type == self.device.type and device.index is None):
             return self
-        if device.type == "cpu" and self._home is not None:
-            return QuantizedWeight(self._home, self._format, self.shape, self.dtype, self._home)
-        return QuantizedWeight(self._blocks.to(device), self._format, self.shape, self.dtype, self._home)
+        at_home = device.type == "cpu" and self._home is not None
+        blocks = self._home if at_home else self._blocks.to(device)
+        assert blocks is not None
+        if device.type != "cpu" and self._home is not None:
+            mapped_pages.release(self._home)
+        return QuantizedWeight(blocks, self._format, self.shape, self.dtype, self._home, self._scales_on(device))
 
     def rows_are_blocks(self) -> bool:
         """Whether each row (first dimension) is a whole number of blocks, so that rows can be taken as they are."""
-        size = 1 if isinstance(self._format, PlainFormat) else self._format.block_size
+        size = self._format.block_size if isinstance(self._format, BlockFormat) else 1
         return self.dim() > 0 and self.shape[1:].numel() % size == 0
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
@@ -134,7 +157,8 @@ class QuantizedWeight(torch.Tensor):
         cut = slice(start * row_bytes, stop * row_bytes)
         home = None if self._home is None else self._home.reshape(-1)[cut]
         shape = (stop - start, *self.shape[1:])
-        return QuantizedWeight(self._blocks.reshape(-1)[cut], self._format, shape, self.dtype, home)
+        scales = None if self._scales is None else self._scales.cut(start, stop)
+        return QuantizedWeight(self._blocks.reshape(-1)[cut], self._format, shape, self.dtype, home, scales)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -188,7 +212,7 @@ def _copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fals
         return target.copy_(source.on_device(target.device).dequantize(target.dtype))
     if isinstance(source, QuantizedWeight) and source._format is target._format and source.shape == target.shape:
         moved = source.on_device(target.device)
-        target._blocks, target._home = moved._blocks, moved._home
+        target._blocks, target._home, target._scales = moved._blocks, moved._home, moved._scales
         return target
     return NotImplemented
 

@@ -1,7 +1,8 @@
-"""Looks into GGUF files from the command line: what a file holds, and one tensor as a NumPy file.
+"""Looks into GGUF files from the command line, and makes them from other models.
 
-``python scripts/gguf.py inspect FILE [--json]``; ``python scripts/gguf.py dequantize FILE TENSOR OUT.npy``. Messages
-go to stderr, one sentence each; the exit status is 0, 1 when a file cannot be read or written, 2 for wrong usage.
+``python scripts/gguf.py inspect FILE [--json]``; ``dequantize FILE TENSOR OUT.npy``; ``quantize SRC DST --type
+Q5_K_M``. Messages go to stderr, one sentence each; the exit status is 0, 1 when a file cannot be read or written or
+the work is interrupted, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -29,6 +32,9 @@ load_pack()
 from apple_silicon_video.quantization.formats import FORMATS, dequantize  # noqa: E402
 from apple_silicon_video.quantization.gguf import GGUFError, GGUFFile, TensorInfo  # noqa: E402
 from apple_silicon_video.quantization.gguf_writer import written_beside  # noqa: E402
+from apple_silicon_video.quantization.quantizer import QuantizeError  # noqa: E402
+from apple_silicon_video.quantization.quantizer_files import default_threads, quantize_file  # noqa: E402
+from apple_silicon_video.quantization.recipes import RECIPES  # noqa: E402
 
 SHOWN_ITEMS = 8
 SHOWN_CHARACTERS = 100
@@ -47,14 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except GGUFError as error:
+    except (GGUFError, QuantizeError) as error:
         print(_printable(str(error)), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted: nothing was written.", file=sys.stderr)
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gguf.py", description="Look into GGUF files.")
+    parser = argparse.ArgumentParser(prog="gguf.py", description="Look into GGUF files and make them.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = _command(commands, "inspect", inspect, "show metadata, tensors and totals per type")
@@ -66,7 +75,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("tensor", metavar="TENSOR")
     command.add_argument("out", type=Path, metavar="OUT.npy")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: %(default)s)")
+
+    command = _command(commands, "quantize", quantize, "make a GGUF file from safetensors or another GGUF file")
+    command.add_argument(
+        "source", type=Path, metavar="SRC", help=".safetensors, .safetensors.index.json, .gguf, folder"
+    )
+    command.add_argument("out", type=Path, metavar="DST.gguf")
+    command.add_argument("--type", choices=RECIPES, required=True, help="kind of file to make")
+    command.add_argument("--threads", type=_positive, default=default_threads(), help="(default: %(default)s)")
+    command.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix made by llama.cpp's imatrix")
+    command.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="merge in (may be repeated)"
+    )
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    name, colon, strength = text.rpartition(":")
+    try:
+        return (Path(name), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
@@ -111,6 +147,40 @@ def dequantize_to_npy(options: argparse.Namespace) -> None:
     except OSError as error:
         raise GGUFError(f"{options.out} cannot be written ({error.strerror}); choose another place.") from error
     print(f"{_printable(str(options.out))}: {_shape(info.original_shape)} {options.dtype}")
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """Quantise a model file and print what came of it; a signal to stop leaves nothing at the file's name."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    report = quantize_file(
+        options.source, options.out, options.type, options.threads, options.imatrix, options.lora, _Progress()
+    )
+    print("\n".join(map(_printable, report.text().split("\n"))))
+
+
+class _Progress:
+    """Shows on stderr how much is done and how long the rest takes: on a terminal always, elsewhere every tenth."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._shown = -1.0
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        terminal = sys.stderr.isatty()
+        part = done / total if total else 1.0
+        if part < 1 and part - self._shown < (0.001 if terminal else 0.1):
+            return
+        self._shown = part
+        left = (time.monotonic() - self._begin) * (1 - part) / part if part else 0.0
+        line = f"{100 * part:5.1f} %  {left // 60:.0f} min {left % 60:02.0f} s left  {_printable(name)}"
+        print(
+            f"\r{line:<79}" if terminal else line,
+            end="" if terminal and part < 1 else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _decoded(file: GGUFFile, info: TensorInfo, raw: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -11,6 +11,7 @@ load_pack()
 from .full_size import write_full_size_encoder, write_full_size_wan  # noqa: E402
 from .loras import ADAPTERS, KEY_STYLES, encoder_lora, lora_targets, published_lora, wan_lora  # noqa: E402
 from .recipes import ENCODER_MIXES, WAN_MIXES, encoder_types, sd_cpp_types, wan_types  # noqa: E402
+from .scaled import SCALED_LAYOUTS, ScaledModel, scaled_model, write_full_size_scaled, write_scaled  # noqa: E402
 from .sets import SETS, make_set  # noqa: E402
 from .text_encoders import (  # noqa: E402
     ENCODERS,
@@ -34,6 +35,7 @@ __all__ = [
     "ENCODER_MIXES",
     "KEY_STYLES",
     "LAYOUTS",
+    "SCALED_LAYOUTS",
     "SETS",
     "SIZES",
     "SMALL",
@@ -41,6 +43,7 @@ __all__ = [
     "VARIANTS",
     "WAN_MIXES",
     "Layout",
+    "ScaledModel",
     "WanShape",
     "Weight",
     "decoded_state_dict",
@@ -53,6 +56,7 @@ __all__ = [
     "lora_targets",
     "make_set",
     "published_lora",
+    "scaled_model",
     "sd_cpp_types",
     "transformers_name",
     "vae_tensors",
@@ -64,8 +68,10 @@ __all__ = [
     "write_encoder_gguf",
     "write_encoder_reference",
     "write_full_size_encoder",
+    "write_full_size_scaled",
     "write_full_size_wan",
     "write_safetensors",
+    "write_scaled",
     "write_vae",
     "write_wan_gguf",
     "write_wan_reference",

@@ -39,6 +39,7 @@ _SOURCES = (
     "quantization/data/*",
     "quantization/gguf_layout.py",
     "quantization/gguf_writer.py",
+    "quantization/recipes.py",
 )
 
 

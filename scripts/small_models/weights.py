@@ -108,11 +108,14 @@ def decoded_state_dict(weights: Iterable[Weight], dtype: torch.dtype = torch.flo
     return {weight.name: weight.decoded(dtype) for weight in weights}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write beside the name and move into place; the same tensors give the same bytes."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write beside the name and move into place; the same tensors give the same bytes. ``metadata`` is the header's."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"format": "pt"})
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, metadata={"format": "pt", **(metadata or {})})
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
