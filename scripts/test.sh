@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv and runs them; all arguments go to pytest.
+# Installs what the tests need into .venv and runs them, one worker per core, at most four;
+# all arguments go to pytest (-n 0: no workers).
 # Folders made, all in the repository: .venv, .cache (ComfyUI, small models, logs) and the tools' own caches.
 # Outside it, only pip's download cache and the system's temporary folder are used.
 set -eu
@@ -7,4 +8,6 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 . "$root/scripts/_python.sh"
 environment=$("$python" "$root/scripts/environment.py" --tests)
 cd "$root"
-exec "$environment" -m pytest "$@"
+workers=$(getconf _NPROCESSORS_ONLN)
+[ "$workers" -le 4 ] || workers=4
+exec "$environment" -m pytest -n "$workers" --dist loadgroup "$@"
