@@ -20,6 +20,7 @@ load_pack()
 SERVER_FIXTURES = ("comfy", "guarded", "on_mps")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tell the workers of a parallel run what belongs together: a file, a server; children of inside/ are single."""
     for item in items:
