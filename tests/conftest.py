@@ -9,6 +9,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from _pack import load_pack  # noqa: E402
+from _pack import load_pack
 
 load_pack()
