@@ -1,0 +1,60 @@
+"""Every shipped workflow in the real front end of each pinned ComfyUI: complete, quiet, unchanged, and accepted."""
+
+import json
+
+import build_workflows
+import pytest
+from apple_silicon_video.tests.comfyui.server import server
+from apple_silicon_video.tests.comfyui.trees import VERSIONS
+from PIL import Image
+
+from .frontends import frontend
+from .pages import FrontEnd
+
+WORKFLOWS = build_workflows.WORKFLOWS
+QUIET = {"MarkdownNote", "Note"}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def comfy(request, tmp_path_factory):
+    """A server whose model folders list every file that the workflows name; the files themselves are empty."""
+    base = tmp_path_factory.mktemp(f"browser-{request.param}")
+    for name, (directory, *_) in build_workflows.FILES.items():
+        (base / "models" / directory).mkdir(parents=True, exist_ok=True)
+        (base / "models" / directory / name).touch()
+    (base / "input").mkdir()
+    Image.new("RGB", (64, 64)).save(base / "input" / "example.png")
+    arguments = ["--cpu", "--front-end-root", str(frontend(request.param))]
+    with server(request.param, base, arguments=arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(comfy, browser):
+    with FrontEnd(browser, comfy.url) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", build_workflows.TABLE)
+def test_workflow_opens_unchanged(comfy, page, name):
+    shipped = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    page.errors.clear()
+    page.load(shipped)
+    nodes = {node["id"]: node for node in page.nodes()}
+    assert [node["type"] for node in nodes.values() if not node["known"]] == []
+    assert page.dialogs() == []
+    assert page.errors == []
+    saved = {node["id"]: node for node in page.workflow()["nodes"]}
+    for node in shipped["nodes"]:
+        assert saved[node["id"]].get("widgets_values", []) == node["widgets_values"], node["type"]
+        assert not nodes[node["id"]]["errors"]
+
+    prompt = page.prompt()
+    expected = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    assert {key: node["inputs"] for key, node in prompt.items()} == {
+        key: node["inputs"] for key, node in expected.items()
+    }
+    comfy.submit(prompt)  # raises if ComfyUI refuses any part
+    comfy.post("/queue", {"clear": True})
+    comfy.interrupt()
