@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def unload_models() -> list[str]:
-    """Take every loaded model off its device, on whatever device it is, and return the models' class names.
+
+def unload_models(only: Any = None) -> list[str]:
+    """Take every loaded model, or ``only`` that ModelPatcher's, off its device and return the models' class names.
 
     Core's own unload_all_models leaves models on other devices than the GPU alone, such as a patched text encoder on
     the CPU. The models stay usable: core loads them again when they are sampled next.
     """
     import comfy.model_management as management
 
-    loaded = list(management.current_loaded_models)
-    names = [type(entry.model.model).__name__ for entry in loaded if entry.model is not None]
+    living = [entry for entry in management.current_loaded_models if entry.model is not None]
+    loaded = [entry for entry in living if only is None or entry.model is only]
+    kept = [entry for entry in living if entry not in loaded]
+    names = [type(entry.model.model).__name__ for entry in loaded]
     devices = {entry.device for entry in loaded}
-    del loaded
+    del living, loaded
     for device in devices:
-        management.free_memory(1e30, device)
+        management.free_memory(1e30, device, keep_loaded=kept)
     management.cleanup_models()
     return names

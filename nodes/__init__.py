@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from . import doctor, loaders, memory, patches, quantize, video
+from . import doctor, loaders, memory, patches, prompts, quantize, video
 from .folders import register_gguf_folders
 
 NODES: list[type[io.ComfyNode]] = [
     *loaders.NODES,
+    *prompts.NODES,
     *video.NODES,
     *memory.NODES,
     *patches.NODES,
