@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from . import doctor, loaders, memory, patches, prompts, quantize, video
+from . import doctor, loaders, long_runs, memory, patches, prompts, quantize, video
 from .folders import register_gguf_folders
 
 NODES: list[type[io.ComfyNode]] = [
@@ -13,6 +13,7 @@ NODES: list[type[io.ComfyNode]] = [
     *prompts.NODES,
     *video.NODES,
     *memory.NODES,
+    *long_runs.NODES,
     *patches.NODES,
     *doctor.NODES,
     *quantize.NODES,
@@ -21,7 +22,10 @@ NODES: list[type[io.ComfyNode]] = [
 
 class AppleSiliconVideo(ComfyExtension):
     async def on_load(self) -> None:
+        from ..memory.comfy_checkpoints import clean_up_after_runs
+
         register_gguf_folders()
+        clean_up_after_runs()
         if torch.backends.mps.is_available():
             from ..mps_patches import install
 
