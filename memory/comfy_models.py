@@ -23,3 +23,11 @@ def unload_models(only: Any = None) -> list[str]:
         management.free_memory(1e30, device, keep_loaded=kept)
     management.cleanup_models()
     return names
+
+
+def loaded_models() -> list[tuple[str, str, int]]:
+    """(class name, device, bytes on it) of every model that ComfyUI has loaded."""
+    import comfy.model_management as management
+
+    living = [entry for entry in management.current_loaded_models if entry.model is not None]
+    return [(type(entry.model.model).__name__, str(entry.device), int(entry.model_loaded_memory())) for entry in living]

@@ -52,3 +52,15 @@ def on_every_prompt(call: Callable[[], None]) -> None:
     instance = _instance()
     if instance is not None:
         instance.add_on_prompt_handler(handler)
+
+
+def serve_meter(path: str, figures: Callable[[], dict[str, Any]]) -> None:
+    """Answer GET requests to ``path`` with ``figures()`` as JSON."""
+    instance = _instance()
+    if instance is None:
+        return
+    from aiohttp import web
+
+    @instance.routes.get(path)
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(figures())

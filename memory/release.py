@@ -12,17 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .report import GIB, ROWS
 from .telemetry import MemorySnapshot, take_snapshot
-
-GIB = 1 << 30
-# Rows of the report: the label and the snapshot's field.
-ROWS = (
-    ("MPS driver", "driver"),
-    ("MPS tensors", "live"),
-    ("Process", "process"),
-    ("Available", "available"),
-    ("Swap used", "swap"),
-)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,13 @@ NODES: list[type[io.ComfyNode]] = [
 class AppleSiliconVideo(ComfyExtension):
     async def on_load(self) -> None:
         from ..memory.comfy_checkpoints import clean_up_after_runs
+        from ..memory.comfy_server import serve_meter
+        from ..memory.report import meter_figures
+        from ..memory.telemetry import take_snapshot
 
         register_gguf_folders()
         clean_up_after_runs()
+        serve_meter("/apple_silicon_video/memory", lambda: meter_figures(take_snapshot()))
         if torch.backends.mps.is_available():
             from ..mps_patches import install
 

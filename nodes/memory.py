@@ -68,4 +68,49 @@ class FreeMemory(io.ComfyNode):
         return io.NodeOutput(anything, report, ui=ui.PreviewText(report))
 
 
-NODES: list[type[io.ComfyNode]] = [FreeMemory]
+class MemoryReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        anything = io.MatchType.Template("anything")
+        return io.Schema(
+            node_id="MPSMemoryReport",
+            display_name="Memory Report (MPS)",
+            category=CATEGORY,
+            description=(
+                "Passes its input through and reports what memory holds at that point of the graph: the MPS allocator, "
+                "tensors, the process, swap, and the models that are loaded. Changes nothing."
+            ),
+            search_aliases=["memory", "vram", "show memory", "memory usage", "swap", "loaded models"],
+            inputs=[
+                io.MatchType.Input(
+                    "anything",
+                    template=anything,
+                    optional=True,
+                    tooltip="Any value; it comes out unchanged. The report is made when it arrives.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+            outputs=[
+                io.MatchType.Output(template=anything, display_name="anything", tooltip="The input, unchanged."),
+                io.String.Output(display_name="report", tooltip="The figures, as text."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs: Any) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, anything: Any = None) -> io.NodeOutput:
+        from ..memory.comfy_models import loaded_models
+        from ..memory.report import memory_report
+        from ..memory.telemetry import take_snapshot
+
+        report = memory_report(take_snapshot(), loaded_models())
+        show_text(report, cls.hidden.unique_id)
+        return io.NodeOutput(anything, report, ui=ui.PreviewText(report))
+
+
+NODES: list[type[io.ComfyNode]] = [FreeMemory, MemoryReport]

@@ -1,11 +1,30 @@
-"""One Chromium for all browser tests of a worker."""
+"""One Chromium for all browser tests of a worker, and one server for each pinned ComfyUI with its own front end."""
 
+import build_workflows
 import pytest
+from apple_silicon_video.tests.comfyui.server import server
+from apple_silicon_video.tests.comfyui.trees import VERSIONS
+from PIL import Image
 
+from .frontends import frontend
 from .pages import chromium
 
 
 @pytest.fixture(scope="session")
 def browser():
     with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def comfy(request, tmp_path_factory):
+    """A server whose model folders list every file that the workflows name; the files themselves are empty."""
+    base = tmp_path_factory.mktemp(f"browser-{request.param}")
+    for name, (directory, *_) in build_workflows.FILES.items():
+        (base / "models" / directory).mkdir(parents=True, exist_ok=True)
+        (base / "models" / directory / name).touch()
+    (base / "input").mkdir()
+    Image.new("RGB", (64, 64)).save(base / "input" / "example.png")
+    arguments = ["--cpu", "--front-end-root", str(frontend(request.param))]
+    with server(request.param, base, arguments=arguments) as running:
         yield running

@@ -18,6 +18,9 @@ APPLICATIONS = (
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
 READY = "window.app && window.app.graph && window.app.extensionManager && window.app.vueAppReady !== false"
+FOREIGN = ("Failed to load resource", "Content Security Policy")
+"""Errors that are none of a graph's: files that need not be there, and the sizes of models on the network."""
+
 PATIENCE = 120_000  # ms
 
 
@@ -69,8 +72,7 @@ class FrontEnd:
         self.close()
 
     def _heard(self, message: ConsoleMessage) -> None:
-        # A missing favicon, translation or user file is a failed request, not an error of the graph.
-        if message.type == "error" and "Failed to load resource" not in message.text:
+        if message.type == "error" and not any(words in message.text for words in FOREIGN):
             self.errors.append(message.text)
 
     def load(self, workflow: dict[str, Any]) -> None:

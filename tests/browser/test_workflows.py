@@ -4,29 +4,10 @@ import json
 
 import build_workflows
 import pytest
-from apple_silicon_video.tests.comfyui.server import server
-from apple_silicon_video.tests.comfyui.trees import VERSIONS
-from PIL import Image
 
-from .frontends import frontend
 from .pages import FrontEnd
 
 WORKFLOWS = build_workflows.WORKFLOWS
-QUIET = {"MarkdownNote", "Note"}
-
-
-@pytest.fixture(scope="module", params=VERSIONS)
-def comfy(request, tmp_path_factory):
-    """A server whose model folders list every file that the workflows name; the files themselves are empty."""
-    base = tmp_path_factory.mktemp(f"browser-{request.param}")
-    for name, (directory, *_) in build_workflows.FILES.items():
-        (base / "models" / directory).mkdir(parents=True, exist_ok=True)
-        (base / "models" / directory / name).touch()
-    (base / "input").mkdir()
-    Image.new("RGB", (64, 64)).save(base / "input" / "example.png")
-    arguments = ["--cpu", "--front-end-root", str(frontend(request.param))]
-    with server(request.param, base, arguments=arguments) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from apple_silicon_video.memory import telemetry
 from apple_silicon_video.memory.comfy_models import unload_models
 from apple_silicon_video.memory.release import ReleaseReport, release_memory
+from apple_silicon_video.memory.report import memory_report, meter_figures
 from apple_silicon_video.memory.telemetry import MemorySnapshot, parse_swapusage, parse_vm_stat, take_snapshot
 
 GIB = 1 << 30
@@ -189,7 +190,8 @@ def test_every_device_is_unloaded(monkeypatch):
     management.current_loaded_models = [entry("cpu", torch.nn.Linear(1, 1)), entry("mps", Cycle()), entry("mps", None)]
     freed: list[tuple[float, str]] = []
 
-    def free_memory(size: float, device: torch.device) -> None:
+    def free_memory(size: float, device: torch.device, keep_loaded: list[object]) -> None:
+        assert keep_loaded == []
         freed.append((size, device.type))
         loaded = management.current_loaded_models
         loaded[:] = [entry for entry in loaded if entry.device != device]
@@ -210,3 +212,18 @@ def test_process_id_is_ours(monkeypatch):
     monkeypatch.setattr(telemetry, "_run", lambda *command: asked.append(command) or "1")
     telemetry._ps_process()
     assert asked == [("ps", "-o", "rss=", "-p", str(os.getpid()))]
+
+
+def test_report_lists_figures_and_models():
+    snapshot = MemorySnapshot(process=3 * GIB, swap=0, live=2 * GIB, driver=4 * GIB, recommended=8 * GIB)
+    report = memory_report(snapshot, [("WAN21", "mps", GIB)])
+    assert report.splitlines() == [
+        "MPS driver: 4.00 GiB",
+        "MPS tensors: 2.00 GiB",
+        "Process: 3.00 GiB",
+        "Swap used: 0.00 GiB",
+        "Recommended working set: 8.00 GiB (50% in use)",
+        "Loaded: WAN21, 1.00 GiB on mps",
+    ]
+    assert memory_report(MemorySnapshot(), []) == "No MPS device here\nLoaded: no models"
+    assert meter_figures(snapshot)["driver"] == 4 * GIB and meter_figures(snapshot)["total"] is None

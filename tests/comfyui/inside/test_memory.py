@@ -1,11 +1,15 @@
 """What loading costs in resident memory, and that nothing stays behind over many runs."""
 
 import gc
+import re
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.sample
 import psutil
 import torch
+from apple_silicon_video.memory.comfy_models import unload_models
+from apple_silicon_video.nodes.memory import MemoryReport
 from apple_silicon_video.quantization import comfy_loader
 from apple_silicon_video.quantization.gguf import GGUFFile
 from small_models import wan_weights, write_full_size_encoder, write_full_size_wan, write_wan_gguf
@@ -67,3 +71,15 @@ def test_30_cycles_of_loading_sampling_and_unloading_are_flat(tmp_path):
         levels.append(resident())
     growth = max(levels[3:]) - levels[3]
     assert growth < 8 * MIB, [f"{level / MIB:.1f}" for level in levels]
+
+
+def test_report_names_what_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemoryReport, "hidden", SimpleNamespace(unique_id=None))  # what the executor sets
+    patcher = comfy_loader.load_diffusion_model(small_model(tmp_path))
+    comfy.model_management.load_models_gpu([patcher])
+    latent = {"samples": torch.zeros(1)}
+    passed, report = MemoryReport.execute(latent).result
+    assert passed is latent and "Process: " in report
+    assert re.search(r"^Loaded: WAN21, \d+\.\d\d GiB on cpu$", report, re.MULTILINE)
+    unload_models()
+    assert "Loaded: no models" in MemoryReport.execute().result[1]
