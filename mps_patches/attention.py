@@ -2,7 +2,8 @@
 
 Score matrices from 2^31 elements are noise (ComfyUI 14837), half-precision softmax over thousands of keys smears
 (pytorch 190791), scaled_dot_product_attention forms all scores before torch 2.13, and has two defects of its own
-(pytorch 195910, 174861). The first three are cured call by call, through a model's attention override.
+(pytorch 195910, 174861). The first three are cured call by call, through a model's attention override, and process-wide
+for the calls that no override reaches; attention_defects.py has their entries in the table.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention_plan, flash_packages
+from . import attention_plan, flash_packages, probing
 from .attention_plan import PREFILL_SINCE, AttentionPlan, parse_version, plan_attention
 from .chunked_attention import attend, mask_kind, reference_attention
 from .flash_packages import run_package, usable_packages
-from .registry import Cure, Defect, ProbeResult
-from .sdpa_cures import causal_in_half, short_query
+from .registry import ProbeResult
 
 __all__ = [
-    "DEFECTS",
     "PATCHED_PROBES",
     "attend",
     "attention_version",
@@ -36,9 +35,9 @@ __all__ = [
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-SDPA = ("torch.nn.functional", "scaled_dot_product_attention")
 # Relative root mean square errors; a right half-precision kernel makes about 0.003, the defects 0.02 and up.
 HALF_TOLERANCE = 0.01
+NOISE = 0.2
 MATERIALISED_PROBE = (4096, 4096, 32)  # queries, keys, head dim; scores far larger than the allocator's heaps
 MIB = 1 << 20
 
@@ -126,7 +125,7 @@ def _attention_version(device_type: str) -> tuple[int, int]:
 
 @functools.cache
 def _half_softmax_is_exact(device_type: str) -> bool:
-    return _probe_softmax(torch.device(device_type), True).ok
+    return probe_softmax(torch.device(device_type), True).ok
 
 
 def forget() -> None:
@@ -150,12 +149,12 @@ def _scores_formed(device: torch.device, way: Attention | None = None) -> bool:
     return grown >= q_len * k_len * 4
 
 
-def _probe_materialised(device: torch.device, quick: bool) -> ProbeResult:
+def probe_materialised(device: torch.device, quick: bool) -> ProbeResult:
     version = parse_version(torch.__version__)
     return _materialised(version < PREFILL_SINCE or _scores_formed(device), f"torch {version[0]}.{version[1]}")
 
 
-def _probe_materialised_patched(device: torch.device, quick: bool) -> ProbeResult:
+def probe_materialised_patched(device: torch.device, quick: bool) -> ProbeResult:
     return _materialised(_scores_formed(device, _in_small_blocks), "the patched attention")
 
 
@@ -198,7 +197,7 @@ def _in_small_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v, _plan(q, k, v, (2, 12), 4 * MIB, half_softmax_exact=True, limits=limits))
 
 
-def _probe_softmax(
+def probe_softmax(
     device: torch.device, quick: bool, ways: tuple[Attention, ...] = (_native_attention, _plain_attention)
 ) -> ProbeResult:
     """Half-precision attention over more keys than its softmax can take, against float32 on the CPU."""
@@ -212,27 +211,54 @@ def _probe_softmax(
     return ProbeResult(worst <= HALF_TOLERANCE, worst, HALF_TOLERANCE, f"relative error over {k_len:,} keys")
 
 
-def _probe_scores(device: torch.device, quick: bool, attention: Attention = _plain_attention) -> ProbeResult:
-    """As many scores as turn to noise, first and last rows against float32 on the CPU."""
-    elements = attention_plan.LIMITS.score_elements
-    needed = 3 * 2 * elements
-    if quick and elements > 16 * MIB:
-        return ProbeResult(True, 0.0, 0.0, f"needs {needed / 2**30:.0f} GiB: only in the full check", applicable=False)
-    if needed > 0.6 * torch.mps.recommended_max_memory():
-        return ProbeResult(True, 0.0, 0.0, f"needs {needed / 2**30:.0f} GiB: too much for this Mac", applicable=False)
-    k_len = min(32760, max(256, elements >> 10))
-    heads = 4
-    rows = -(-elements // (heads * k_len))
-    q, k, v = _random((1, heads, rows, 16), (1, heads, k_len, 16), (1, heads, k_len, 16), dtype=torch.bfloat16)
-    ends = torch.cat((torch.arange(min(8, rows)), torch.arange(max(0, rows - 8), rows)))
-    found = attention(q.to(device), k.to(device), v.to(device)).cpu()[:, :, ends]
+def probe_scores(device: torch.device, quick: bool) -> ProbeResult:
+    """The product of queries and keys at as many scores as turn to noise, a few rows against float32 on the CPU.
+
+    The product alone is 4 GiB; its softmax would take as much again, and is looked at by the check at first use.
+    """
+    if quick and attention_plan.LIMITS.score_elements > probing.SCALED:
+        return probing.not_applicable(f"takes {scores_footprint(False) / probing.GIB:.0f} GiB")
+    heads, rows, k_len = _score_shape()
+    q, k = _random((heads, rows, 8), (heads, k_len, 8), dtype=torch.bfloat16)
+    scores = torch.bmm(q.to(device), k.to(device).transpose(-1, -2))
+    errors = [
+        _relative_error(scores[head, row].cpu(), k[head].float() @ q[head, row].float())
+        for head in range(heads)
+        for row in probing.sampled(rows)
+    ]
+    return _noise_result(max(errors), f"relative error in a product of {scores.numel():,} scores")
+
+
+def probe_scores_patched(device: torch.device, quick: bool) -> ProbeResult:
+    """Attention in blocks over as many scores, first and last rows against float32 on the CPU."""
+    heads, rows, k_len = _score_shape()
+    q, k, v = _random(*((1, heads, length, 16) for length in (rows, k_len, k_len)), dtype=torch.bfloat16)
+    ends = probing.sampled(rows, 16)
+    found = _in_blocks(q.to(device), k.to(device), v.to(device)).cpu()[:, :, ends]
     right = reference_attention(q[:, :, ends].float(), k.float(), v.float())
-    error = _relative_error(found, right)
-    # Softmax in half precision is another defect; noise is an error of the size of the result.
-    return ProbeResult(error <= 0.2, error, 0.2, f"relative error at {heads * rows * k_len:,} scores")
+    return _noise_result(_relative_error(found, right), f"relative error at {heads * rows * k_len:,} scores")
 
 
-def _probe_causal(device: torch.device, quick: bool) -> ProbeResult:
+def scores_footprint(quick: bool) -> int:
+    """Bytes that ``probe_scores`` takes."""
+    heads, rows, k_len = _score_shape()
+    large = attention_plan.LIMITS.score_elements > probing.SCALED
+    return 0 if quick and large else 2 * heads * (rows * k_len + 16 * (rows + k_len)) + (1 << 24)
+
+
+def _score_shape() -> tuple[int, int, int]:
+    """Heads, queries and keys whose scores just reach the limit."""
+    elements = attention_plan.LIMITS.score_elements
+    heads, k_len = 4, min(32760, max(256, elements >> 10))
+    return heads, -(-elements // (heads * k_len)), k_len
+
+
+def _noise_result(error: float, what: str) -> ProbeResult:
+    """Rounding and half-precision softmax are other matters; noise is an error of the size of the result."""
+    return ProbeResult(error <= NOISE, error, NOISE, what)
+
+
+def probe_causal(device: torch.device, quick: bool) -> ProbeResult:
     length = 128 if quick else 1024
     errors = []
     for dtype in (torch.bfloat16, torch.float16):
@@ -242,7 +268,7 @@ def _probe_causal(device: torch.device, quick: bool) -> ProbeResult:
     return ProbeResult(max(errors) <= HALF_TOLERANCE, max(errors), HALF_TOLERANCE, f"relative error at {length} tokens")
 
 
-def _probe_short_query(device: torch.device, quick: bool) -> ProbeResult:
+def probe_short_query(device: torch.device, quick: bool) -> ProbeResult:
     """One or a few queries; the reports had 2 key heads for 32 query heads, and key lengths off multiples of 32."""
     worst = 0.0
     for rows, key_heads, k_len in ((1, 2, 1024), (1, 8, 70), (8, 8, 39)) if quick else SHORT_QUERIES:
@@ -255,91 +281,21 @@ def _probe_short_query(device: torch.device, quick: bool) -> ProbeResult:
     return ProbeResult(worst <= HALF_TOLERANCE, worst, HALF_TOLERANCE, "relative error for 1 to 8 queries")
 
 
-SHORT_QUERIES = tuple(
-    (rows, key_heads, k_len) for rows in (1, 2, 5, 8) for key_heads in (2, 32) for k_len in (38, 257, 1024, 4097)
+# Queries, key heads, keys.
+SHORT_QUERIES = (
+    (1, 2, 1024),
+    (1, 32, 257),
+    (2, 2, 4097),
+    (2, 32, 38),
+    (5, 2, 257),
+    (5, 32, 1024),
+    (8, 2, 38),
+    (8, 8, 39),
 )
 
 # What the probes of the model-level defects say when the patched attention is used instead of the device's own.
 PATCHED_PROBES: dict[str, Callable[[torch.device, bool], ProbeResult]] = {
-    "scores-2-31": functools.partial(_probe_scores, attention=_in_blocks),
-    "softmax-half": functools.partial(_probe_softmax, ways=(_in_blocks,)),
-    "sdpa-materialises": _probe_materialised_patched,
+    "scores-2-31": probe_scores_patched,
+    "softmax-half": functools.partial(probe_softmax, ways=(_in_blocks,)),
+    "sdpa-materialises": probe_materialised_patched,
 }
-
-OVERRIDE = "transformer_options['optimized_attention_override'] of a model; the attention blocks of a VAE"
-
-DEFECTS = (
-    Defect(
-        id="scores-2-31",
-        title="Attention scores beyond 2^31 elements",
-        symptom="Silent noise in long or large videos.",
-        trigger="batch x heads x queries x keys in one score tensor at or beyond 2,147,483,648.",
-        cause="32-bit element indices in MPSGraph's matrix product and softmax.",
-        affected="Every torch version; every attention function of ComfyUI that forms scores, sub-quadratic included.",
-        upstream=("ComfyUI#14837", "ComfyUI#14838", "pytorch#179592"),
-        seam=OVERRIDE,
-        advice="Leave attention on auto in Patch Model for MPS, or make the video shorter or smaller.",
-        probe=_probe_scores,
-        cure=None,
-        reference="chunked_attention.reference_attention",
-        kind="model",
-    ),
-    Defect(
-        id="softmax-half",
-        title="Half-precision softmax over many keys",
-        symptom="Ghosting and smear that grow with length.",
-        trigger="bfloat16 or float16 attention over more than about 3,000 keys.",
-        cause="Weights and their sum are rounded to half precision.",
-        affected="Attention that forms its scores in half precision.",
-        upstream=("pytorch#190791",),
-        seam=OVERRIDE,
-        advice="Leave attention on auto in Patch Model for MPS; it computes scores in float32, block by block.",
-        probe=_probe_softmax,
-        cure=None,
-        reference="chunked_attention.reference_attention",
-        kind="model",
-    ),
-    Defect(
-        id="sdpa-materialises",
-        title="Attention forms all scores at once",
-        symptom="`total bytes of NDArray > 2**32`, `Invalid buffer size`, or the process is killed.",
-        trigger="scaled_dot_product_attention over thousands of tokens; other head dims than the prefill kernels'.",
-        cause="No kernel without a score matrix before torch 2.13.",
-        affected="torch before 2.13; since, head dims other than 32, 64, 72, 80, 96, 128 and 256.",
-        upstream=("pytorch#179592",),
-        seam=OVERRIDE,
-        advice="Update torch to 2.13 or later; until then attention runs in blocks, at a lower speed.",
-        probe=_probe_materialised,
-        cure=None,
-        reference="chunked_attention.reference_attention",
-        kind="model",
-    ),
-    Defect(
-        id="sdpa-causal-half",
-        title="Causal attention sees the future",
-        symptom="Wrong text or video from causal models, without an error.",
-        trigger="scaled_dot_product_attention(is_causal=True) in bfloat16 or float16.",
-        cause="The causal mask of the half-precision kernels.",
-        affected="Reported in 2026 for current torch.",
-        upstream=("pytorch#195910",),
-        seam="torch.nn.functional.scaled_dot_product_attention",
-        advice="Nothing to do while the patch is on.",
-        probe=_probe_causal,
-        cure=Cure((SDPA,), causal_in_half),
-        reference="chunked_attention.reference_attention",
-    ),
-    Defect(
-        id="sdpa-short-query",
-        title="Attention with few queries reads out of bounds",
-        symptom="Garbage or NaN that changes from run to run.",
-        trigger="scaled_dot_product_attention with 1 to 8 queries.",
-        cause="The vector kernels read keys beyond the last one and write sums into buffers half the size.",
-        affected="torch 2.8 to 2.10.",
-        upstream=("pytorch#174861", "pytorch#169222", "pytorch#163597"),
-        seam="torch.nn.functional.scaled_dot_product_attention",
-        advice="Update torch to 2.11 or later.",
-        probe=_probe_short_query,
-        cure=Cure((SDPA,), short_query),
-        reference="chunked_attention.reference_attention",
-    ),
-)

@@ -34,7 +34,11 @@ def attend(
     Raises KeyError for a plan whose method is not computed here.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return METHODS[plan.method](q, k, v, plan, mask, scale, causal)
+    fill = METHODS[plan.method]
+    out = _result(q, v)
+    for batches, heads in _groups(q, plan):
+        fill(out, q, k, v, plan, mask, scale, causal, batches, heads)
+    return out
 
 
 def reference_attention(
@@ -66,15 +70,6 @@ def mask_to_rank_4(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.ndim >= 4:
         return mask
     return mask[None, None] if mask.ndim == 2 else mask[:, None]
-
-
-def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool
-) -> Tensor:
-    out = _result(q, v)
-    for batches, heads in _groups(q, plan):
-        _chunks_of_heads(out, q, k, v, plan, mask, scale, causal, batches, heads)
-    return out
 
 
 def _chunks_of_heads(
@@ -149,15 +144,6 @@ def _hider(
     return hide
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool
-) -> Tensor:
-    out = _result(q, v)
-    for batches, heads in _groups(q, plan):
-        _sdpa_of_heads(out, q, k, v, plan, mask, scale, causal, batches, heads)
-    return out
-
-
 def _sdpa_of_heads(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, mask: Tensor | None, scale: float, causal: bool,
     batches: slice, heads: slice,
@@ -174,11 +160,12 @@ def _sdpa_of_heads(
     out[batches, heads] = found[..., : v.shape[-1]]
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "chunks": _chunks,
-    "sdpa": _sdpa,
-    "sdpa-float32": _sdpa,
-    "sdpa-padded": _sdpa,
+# Each fills in the result for the heads of one block.
+METHODS: dict[str, Callable[..., None]] = {
+    "chunks": _chunks_of_heads,
+    "sdpa": _sdpa_of_heads,
+    "sdpa-float32": _sdpa_of_heads,
+    "sdpa-padded": _sdpa_of_heads,
 }
 
 

@@ -3,7 +3,8 @@
 ComfyUI wraps each of its attention functions (`wrap_attn`): a call that passes `transformer_options` asks the entry
 `optimized_attention_override` there, with the function and its arguments, first. The arguments are those of ComfyUI
 0.16 to 0.30: query, key and value [B, L, H*D], or [B, H, L, D] with `skip_reshape`. What the override does not know,
-it leaves to the function.
+it leaves to the function. For calls without `transformer_options`, which no override sees, wrappers of core's functions
+do the same.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from .attention import DEFECTS, patched_attention
+from . import attention_plan, gate, probing
+from .attention import NOISE, patched_attention
 from .attention_plan import BUDGET
-from .chunked_attention import mask_to_rank_4
+from .chunked_attention import mask_to_rank_4, reference_attention
 from .install import choice_for
+from .registry import DEFECTS, Function, ProbeResult
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +115,10 @@ class Call:
 
 
 def read_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
-    """The call's arguments, or None if there is one whose meaning is unknown or shapes are unusual."""
+    """The call's arguments, or None if there is one whose meaning is unknown or shapes are unusual.
+
+    Keys and values may be [B, L, H, D] beside a query [B, L, H*D], as Wan Animate's face adapter has them.
+    """
     named: dict[str, Any] = {ALIASES.get(name, name): value for name, value in kwargs.items()}
     if len(args) > len(POSITIONS) or not named.keys() <= KNOWN:
         return None
@@ -120,6 +126,8 @@ def read_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
     q, k, v, heads, mask = (named.get(name) for name in POSITIONS[:5])
     skip_reshape = bool(named.get("skip_reshape", False))
     rank = 4 if skip_reshape else 3
+    if not skip_reshape:
+        k, v = (t.flatten(2) if _plain(t, 4) and t.shape[2] == heads else t for t in (k, v))
     if not isinstance(heads, int) or not (_plain(q, rank) and _plain(k, rank) and _plain(v, rank)):
         return None
     if mask is not None and not _plain(mask, 2, 3, 4):
@@ -143,6 +151,77 @@ def _regular(call: Call) -> bool:
     heads_fit = q.shape[1] == call.heads and k.shape[1] == v.shape[1] and q.shape[1] % max(1, k.shape[1]) == 0
     lengths_fit = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[2] == v.shape[2] and q.shape[3] == k.shape[3]
     return same_dtype and same_device and heads_fit and lengths_fit and min(*q.shape, *k.shape, *v.shape) > 0
+
+
+def cure_unreached(original: Function) -> Function:
+    """One of core's attention functions; calls that no model's override reaches are computed as the plan says."""
+
+    def cured(*args: Any, **kwargs: Any) -> Any:
+        call = unreached(args, kwargs)
+        found = None if call is None else AttentionOverride().compute(call)
+        return original(*args, **kwargs) if found is None else found
+
+    return cured
+
+
+def cure_unreached_scores(original: Function) -> Function:
+    """As ``cure_unreached``, for calls with as many scores as turn to noise."""
+    cured = cure_unreached(original)
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (cured if meets_scores(*args, **kwargs) else original)(*args, **kwargs)
+
+    return chosen
+
+
+def unreached(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call if it is on mps, has no model's options and is not one that core makes inside another."""
+    first = args[0] if args else kwargs.get("q", kwargs.get("query"))
+    if not gate.acts_on(first) or kwargs.get("transformer_options") or "_inside_attn_wrapper" in kwargs:
+        return None
+    call = read_call(args, kwargs)
+    return call if call is not None and AttentionOverride().acts_on(call.q, call.k, call.v) else None
+
+
+def meets_scores(*args: Any, **kwargs: Any) -> bool:
+    """Whether an unreached call has as many scores as turn to noise."""
+    call = unreached(args, kwargs)
+    if call is None:
+        return False
+    q, k, _ = call.by_head()
+    return q.shape[:3].numel() * k.shape[2] >= attention_plan.LIMITS.score_elements
+
+
+def check_scores(original: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProbeResult:
+    """Rows of the first, middle and last head that core's function computes, against float32 attention."""
+    call = read_call(args, kwargs)
+    assert call is not None
+    try:
+        result = original(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return ProbeResult(False, float("inf"), NOISE, f"the device refuses ({probing.first_line(error)})")
+    q, k, v = call.by_head()
+    by_head = result if call.skip_output_reshape else result.unflatten(-1, (call.heads, -1)).transpose(1, 2)
+    worst = 0.0
+    for batch in probing.sampled(q.shape[0], 2):
+        for head in probing.sampled(q.shape[1]):
+            for row in probing.sampled(q.shape[2]):
+                right = _one_row(call, q, k, v, batch, head, row)
+                worst = max(worst, probing.relative_error(by_head[batch, head, row], right))
+    return ProbeResult(worst <= NOISE, worst, NOISE, "relative error of attention's rows")
+
+
+def _one_row(call: Call, q: Tensor, k: Tensor, v: Tensor, batch: int, head: int, row: int) -> Tensor:
+    """What one query of one head should give, in float32."""
+    shared = head // (q.shape[1] // k.shape[1])
+    mask = mask_to_rank_4(call.mask)
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])[batch, head, row][None, None, None]
+    query = q[batch, head, row].float()[None, None, None]
+    keys, values = (t[batch, shared].float()[None, None] for t in (k, v))
+    return reference_attention(query, keys, values, mask, call.scale)[0, 0, 0]
 
 
 def memory_budget() -> int:
@@ -178,5 +257,5 @@ def patch_model(patcher: Any, choices: Mapping[str, str] | None = None) -> Any:
 
 def model_choice(name: str, choices: Mapping[str, str] | None) -> Any:
     """The choice for one model-level patch; the environment variable of its defect goes first."""
-    defect = next(defect for defect in DEFECTS if defect.id == MODEL_PATCHES[name])
+    defect = DEFECTS[MODEL_PATCHES[name]]
     return choice_for(defect, {defect.id: (choices or {}).get(name, "auto")})

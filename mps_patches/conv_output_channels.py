@@ -8,6 +8,7 @@ cure computes ranges of channels, or of output positions with the input that the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,34 +21,43 @@ from .registry import Cure, Defect, Function, ProbeResult
 ID = "conv-output-channels"
 
 
-def reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``torch.nn.functional.conv1d`` or ``conv2d`` (by the weight's rank) in pieces within the limit."""
+@dataclass(frozen=True)
+class Options:
+    """How a convolution is done, with torch's names; ``output_padding`` belongs to transposed ones."""
+
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    output_padding: Any = 0
+
+    def convolve(self, function: Function, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``function`` is conv1d or conv2d."""
+        return function(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def transpose(self, function: Function, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``function`` is conv_transpose1d or conv_transpose2d."""
+        rest = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return function(input, weight, bias, *rest)
+
+
+_CONV = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+
+
+def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """``torch.nn.functional.conv1d`` or ``conv2d`` (by the weight's rank), in pieces within the limit."""
     convolve = torch.nn.functional.conv1d if weight.dim() == 3 else torch.nn.functional.conv2d
-    return _conv(convolve, input, weight, bias, stride, padding, dilation, groups)
+    return _conv(convolve, input, weight, bias, Options(**dict(zip(_CONV, args)), **kwargs))
 
 
 def reference_transposed(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """``conv_transpose1d`` or ``conv_transpose2d`` (by the weight's rank) in pieces within the limit."""
+    """``conv_transpose1d`` or ``conv_transpose2d`` (by the weight's rank), in pieces within the limit."""
     functional = torch.nn.functional
     convolve = functional.conv_transpose1d if weight.dim() == 3 else functional.conv_transpose2d
-    return _conv_transposed(convolve, input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv_transposed(convolve, input, weight, bias, Options(**dict(zip(_TRANSPOSED, args)), **kwargs))
 
 
 def _by_channels(
@@ -71,65 +81,52 @@ def _by_channels(
     return torch.cat(pieces, channel_dim)
 
 
-def _conv(
-    original: Function,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Tensor:
-    if weight.size(0) > gate.LIMITS[ID]:
+def _conv(original: Function, input: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    limit = gate.LIMITS[ID]
+    if weight.size(0) > limit:
 
         def compute(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            return _conv(original, input, weight, bias, stride, padding, dilation, groups)
+            return _conv(original, input, weight, bias, replace(options, groups=groups))
 
-        return _by_channels(compute, input, weight, bias, groups, False)
-    if weight.dim() == 3 and (total := _length(input, weight, stride, padding, dilation)) > gate.LIMITS[ID]:
-        step, spread = _one(stride), _one(dilation) * (weight.size(-1) - 1)
-        before = _sides(padding, spread)[0]
-        pieces = []
-        for start, length in gate.ranges(total, gate.LIMITS[ID]):
-            first = start * step - before
-            last = (start + length - 1) * step - before + spread + 1
-            part = input[..., max(first, 0) : max(min(last, input.size(-1)), 0)]
-            part = torch.nn.functional.pad(part, (max(-first, 0), max(last - max(input.size(-1), first), 0)))
-            pieces.append(original(part, weight, bias, stride, 0, dilation, groups))
-        return torch.cat(pieces, -1)
-    return original(input, weight, bias, stride, padding, dilation, groups)
+        return _by_channels(compute, input, weight, bias, options.groups, False)
+    total = _length(input, weight, options) if weight.dim() == 3 else 0
+    if total <= limit:
+        return options.convolve(original, input, weight, bias)
+    step, spread = _one(options.stride), _one(options.dilation) * (weight.size(-1) - 1)
+    before = _sides(options.padding, spread)[0]
+    pieces = []
+    for start, length in gate.ranges(total, limit):
+        first = start * step - before
+        last = (start + length - 1) * step - before + spread + 1
+        part = input[..., max(first, 0) : max(min(last, input.size(-1)), 0)]
+        part = torch.nn.functional.pad(part, (max(-first, 0), max(last - max(input.size(-1), first), 0)))
+        pieces.append(replace(options, padding=0).convolve(original, part, weight, bias))
+    return torch.cat(pieces, -1)
 
 
 def _conv_transposed(
-    original: Function,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    groups: int,
-    dilation: Any,
+    original: Function, input: Tensor, weight: Tensor, bias: Tensor | None, options: Options
 ) -> Tensor:
-    if weight.size(1) * groups > gate.LIMITS[ID]:
+    limit = gate.LIMITS[ID]
+    if weight.size(1) * options.groups > limit:
 
         def compute(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-            return _conv_transposed(original, input, weight, bias, stride, padding, output_padding, groups, dilation)
+            return _conv_transposed(original, input, weight, bias, replace(options, groups=groups))
 
-        return _by_channels(compute, input, weight, bias, groups, True)
+        return _by_channels(compute, input, weight, bias, options.groups, True)
     if weight.dim() > 3:
-        return original(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    step, before, spread = _one(stride), _one(padding), _one(dilation) * (weight.size(-1) - 1)
-    total = (input.size(-1) - 1) * step - 2 * before + spread + _one(output_padding) + 1
-    limit = gate.LIMITS[ID]
+        return options.transpose(original, input, weight, bias)
+    step, before = _one(options.stride), _one(options.padding)
+    spread = _one(options.dilation) * (weight.size(-1) - 1)
+    total = (input.size(-1) - 1) * step - 2 * before + spread + _one(options.output_padding) + 1
     if total <= limit:
-        return original(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return options.transpose(original, input, weight, bias)
+    bare = replace(options, padding=0, output_padding=0)
     pieces = []
     for start, length in gate.ranges(total, max(1, limit - 2 * (spread + step))):
         low = max(0, -(-(start + before - spread) // step))
         high = min(input.size(-1) - 1, (start + length - 1 + before) // step)
-        part = original(input[..., low : high + 1], weight, None, stride, 0, 0, groups, dilation)
+        part = bare.transpose(original, input[..., low : high + 1], weight, None)
         offset = start + before - low * step
         piece = part[..., max(offset, 0) : offset + length]
         pieces.append(torch.nn.functional.pad(piece, (max(-offset, 0), length - max(-offset, 0) - piece.size(-1))))
@@ -150,45 +147,33 @@ def _sides(padding: Any, spread: int) -> tuple[int, int]:
     return count, count
 
 
-def _length(input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> int:
-    spread = _one(dilation) * (weight.size(-1) - 1)
-    return (input.size(-1) + sum(_sides(padding, spread)) - spread - 1) // _one(stride) + 1
+def _length(input: Tensor, weight: Tensor, options: Options) -> int:
+    spread = _one(options.dilation) * (weight.size(-1) - 1)
+    return (input.size(-1) + sum(_sides(options.padding, spread)) - spread - 1) // _one(options.stride) + 1
 
 
 def _make_conv(original: Function) -> Function:
-    def cured(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        large = gate.acts_on(weight) and max(weight.size(0), input.size(-1)) > gate.LIMITS[ID] // 2
-        if large and _sound(input, weight):
-            return _conv(original, input, weight, bias, stride, padding, dilation, groups)
-        return original(input, weight, bias, stride, padding, dilation, groups)
+    def cured(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        large = gate.acts_on(weight) and _sound(input, weight)
+        if large and max(weight.size(0), input.size(-1)) > gate.LIMITS[ID] // 2 and _known(_CONV, args, kwargs):
+            return _conv(original, input, weight, bias, Options(**dict(zip(_CONV, args)), **kwargs))
+        return original(input, weight, bias, *args, **kwargs)
 
     return cured
 
 
 def _make_transposed(original: Function) -> Function:
-    def cured(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Tensor:
-        if gate.acts_on(weight) and _sound(input, weight):
-            return _conv_transposed(original, input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return original(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    def cured(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if gate.acts_on(weight) and _sound(input, weight) and _known(_TRANSPOSED, args, kwargs):
+            return _conv_transposed(original, input, weight, bias, Options(**dict(zip(_TRANSPOSED, args)), **kwargs))
+        return original(input, weight, bias, *args, **kwargs)
 
     return cured
+
+
+def _known(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments are those of the convolution, each given once; others are left to the original."""
+    return len(args) <= len(names) and set(kwargs) <= set(names[len(args) :])
 
 
 def _sound(input: Any, weight: Tensor) -> bool:

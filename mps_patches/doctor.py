@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 
+from . import install
 from .attention import PATCHED_PROBES
-from .install import examine
 from .registry import DEFECTS, Defect, ProbeResult
 
-PASS, CURED, DEFECT, NOT_APPLICABLE = "pass", "defect, cured", "defect, not cured", "not applicable"
+PASS, CURED, DEFECT = "pass", "defect, cured", "defect, not cured"
+# A probe that is too large for now, whose patch the first call of that size decides over; a probe that stopped.
+WATCHED, FAILED, NOT_APPLICABLE = "checked on first use", "probe failed", "not applicable"
+UNMEASURED = (WATCHED, FAILED, NOT_APPLICABLE)
 PACKAGES = (
     "torchvision",
     "av",
@@ -125,7 +128,7 @@ def _line(defect: Defect, device: torch.device | None, quick: bool) -> Line:
     if device is None:
         verdict, error, tolerance, detail = NOT_APPLICABLE, 0.0, 0.0, "there is no MPS device here"
     else:
-        verdict, bare, cured = examine(defect, device, quick)
+        verdict, bare, cured = install.examine(defect, device, quick)
         if verdict == DEFECT and defect.kind == "model":
             verdict, cured = _with_model_patch(defect, device, quick)
         error, tolerance, detail = bare.error, bare.tolerance, bare.detail
@@ -182,6 +185,8 @@ def _advice(lines: Sequence[Line], machine: dict[str, str], device: torch.device
     if device is None:
         return ["There is no MPS device here: versions and files can be checked, the probes need a Mac."]
     advice = [f"{line.title}: {line.advice}" for line in lines if line.verdict == DEFECT]
+    broken = [line for line in lines if line.verdict == FAILED]
+    advice += [f"{line.title}: its probe failed ({line.detail}); please report that." for line in broken]
     if machine["macOS"] == WRONG_CONV3D_MACOS:
         advice.append("Update macOS to 26.3 or later: 26.2 computes conv3d wrongly, which spoils VAE decoding.")
     if _numbers(machine["torch"]) < ADVISED_TORCH:

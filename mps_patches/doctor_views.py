@@ -9,16 +9,26 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .doctor import CURED, DEFECT, NOT_APPLICABLE, PASS, Diagnosis, Line
+from .doctor import CURED, DEFECT, FAILED, NOT_APPLICABLE, PASS, UNMEASURED, WATCHED, Diagnosis, Line
 
 GIB = 1 << 30
-COLOURS = {PASS: (74, 160, 90), CURED: (214, 158, 46), DEFECT: (208, 62, 62), NOT_APPLICABLE: (120, 124, 132)}
+COLOURS = {
+    PASS: (74, 160, 90),
+    CURED: (214, 158, 46),
+    DEFECT: (208, 62, 62),
+    WATCHED: (86, 134, 196),
+    FAILED: (176, 84, 176),
+    NOT_APPLICABLE: (120, 124, 132),
+}
 BACKGROUND, TEXT, FAINT = (24, 26, 30), (232, 234, 238), (150, 154, 162)
 WIDTH, MARGIN, ROW, FONT = 1280, 28, 30, 18
+SHORT = 60  # characters of an error that fit beside its line
 
 
 def _error(line: Line) -> str:
-    if line.verdict == NOT_APPLICABLE:
+    if line.verdict == FAILED:
+        return textwrap.shorten(line.detail, SHORT, placeholder=" ...")
+    if line.verdict in UNMEASURED:
         return "-"
     return f"{line.error:.2g} (limit {line.tolerance:.2g})"
 
@@ -75,11 +85,12 @@ def to_picture(diagnosis: Diagnosis) -> np.ndarray:
     y = _text_rows(draw, font, y, ["MPS Doctor"], TEXT)
     y = _text_rows(draw, font, y, [_summary(diagnosis), *machine], FAINT) + ROW // 2
     for line in diagnosis.lines:
-        draw.rounded_rectangle((MARGIN, y + 3, MARGIN + 168, y + ROW - 5), 6, COLOURS[line.verdict])
+        draw.rounded_rectangle((MARGIN, y + 3, MARGIN + 188, y + ROW - 5), 6, COLOURS[line.verdict])
         draw.text((MARGIN + 10, y + 3), line.verdict, font=font, fill=BACKGROUND)
-        draw.text((MARGIN + 190, y + 3), line.title, font=font, fill=TEXT)
+        draw.text((MARGIN + 206, y + 3), line.title, font=font, fill=TEXT)
         draw.text((MARGIN + 690, y + 3), _error(line), font=font, fill=FAINT)
-        draw.text((MARGIN + 930, y + 3), _first_reference(line), font=font, fill=FAINT)
+        if line.verdict != FAILED:
+            draw.text((MARGIN + 930, y + 3), _first_reference(line), font=font, fill=FAINT)
         y += ROW
     _text_rows(draw, font, y + ROW // 2, ["Advice", *advice], TEXT)
     return np.asarray(image, dtype=np.float32)[None] / 255.0

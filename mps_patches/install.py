@@ -17,20 +17,28 @@ import threading
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from .registry import DEFECTS, Defect, Function, ProbeResult
+from . import first_use, probing
+from .registry import DEFECTS, Defect, Function, Maker, ProbeResult, environment_name
 
 log = logging.getLogger(__name__)
 
 Choice = Literal["auto", "on", "off"]
-State = Literal["not needed", "patched", "preventive", "off", "left to another pack", "not applicable", "not cured"]
+# "watching": gates are in place that decide at the first call of trigger size. "precaution": such a call came, and no
+# evidence could be had, so that the cure stays.
+State = Literal[
+    "not needed", "patched", "watching", "precaution", "off", "left to another pack", "not applicable", "probe failed",
+    "not cured",
+]  # fmt: skip
 # Attribute of every stand-in: the module that made it, so that two copies of this pack tell each other's apart.
 STAND_IN = "_mps_patches_stand_in"
-ACTIVE: tuple[State, ...] = ("patched", "preventive")
+ACTIVE: tuple[State, ...] = ("patched", "precaution")
+TOLD: tuple[State, ...] = (*ACTIVE, "left to another pack")
+WARNED: tuple[State, ...] = ("not cured", "probe failed")
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Report:
     def active(self) -> tuple[str, ...]:
         """The ids of the patches that are on."""
         return tuple(entry.id for entry in self.entries.values() if entry.state in ACTIVE)
+
+    @property
+    def watching(self) -> tuple[str, ...]:
+        """The ids of the patches that the first call of trigger size decides over."""
+        return tuple(entry.id for entry in self.entries.values() if entry.state == "watching")
 
 
 @dataclass
@@ -99,11 +112,7 @@ def _stand_in(slot: _Slot) -> Function:
 _lock = threading.RLock()
 _slots: dict[tuple[str, str], _Slot] = {}
 _entries: dict[str, Entry] = {}
-
-
-def environment_name(defect_id: str) -> str:
-    """The environment variable that switches one patch: ``ASV_PATCH_PAD_RANK_5`` for "pad-rank-5"."""
-    return "ASV_PATCH_" + defect_id.upper().replace("-", "_")
+_undecided: dict[str, set[str]] = {}  # defect -> attributes whose gates still watch
 
 
 def choice_for(defect: Defect, choices: Mapping[str, str] | None = None) -> Choice:
@@ -121,16 +130,24 @@ def choice_for(defect: Defect, choices: Mapping[str, str] | None = None) -> Choi
 
 
 def run_probe(defect: Defect, device: torch.device, quick: bool) -> ProbeResult:
-    """Run a defect's probe as things are now; a probe that cannot run counts as not applicable."""
+    """Run a defect's probe as things are now, if its footprint fits the device, and release what it held.
+
+    A probe that stops with an error has failed, and says so: nothing is known then.
+    """
     if defect.probe is None:
-        return ProbeResult(True, 0.0, 0.0, "no probe", applicable=False)
+        return probing.not_applicable("no probe")
+    if reason := probing.lacks_memory(device, defect.footprint(quick)):
+        return probing.not_applicable(reason)
     try:
         return defect.probe(device, quick)
+    except torch.OutOfMemoryError as error:
+        return probing.not_applicable(f"not enough memory ({probing.first_line(error)})")
     except Exception as error:
-        log.warning("The probe for %s could not run: %s", defect.id, error)
-        return ProbeResult(True, 0.0, 0.0, f"the probe could not run: {error}", applicable=False)
+        log.warning("The probe for %s failed: %s", defect.id, error)
+        detail = f"{type(error).__name__}: {probing.first_line(error)}"
+        return ProbeResult(True, 0.0, 0.0, detail, applicable=False, failed=True)
     finally:
-        if not quick and device.type == "mps":
+        if device.type == "mps" and torch.backends.mps.is_available():
             torch.mps.empty_cache()
 
 
@@ -146,7 +163,7 @@ def apply(device: torch.device | str | None = None, choices: Mapping[str, str] |
         return Report()
     with _lock:
         for defect in DEFECTS.values():
-            if defect.kind == "process" and defect.cure is not None:
+            if defect.cure is not None:
                 _settle(defect, device, choice_for(defect, choices))
         _rebind()
         return status()
@@ -156,7 +173,7 @@ def _settle(defect: Defect, device: torch.device, choice: Choice) -> None:
     entry = _entries.get(defect.id)
     if choice == "auto" and entry is not None and entry.probe is not None:
         return
-    if choice == "on" and entry is not None and entry.state == "patched":
+    if choice == "on" and entry is not None and entry.state == "patched" and not _undecided.get(defect.id):
         return
     _drop(defect.id)
     if choice == "auto":
@@ -168,16 +185,17 @@ def _settle(defect: Defect, device: torch.device, choice: Choice) -> None:
     else:
         entry = Entry(defect.id, "off", "switched off")
     _entries[defect.id] = entry
-    if entry.state in (*ACTIVE, "left to another pack"):
-        log.info("MPS patch %s (%s): %s, %s", defect.id, defect.title, entry.state, entry.detail)
-    elif entry.state == "not cured":
-        log.warning("MPS patch %s (%s): %s, %s", defect.id, defect.title, entry.state, entry.detail)
+    if entry.state in (*TOLD, *WARNED):
+        level = logging.WARNING if entry.state in WARNED else logging.INFO
+        log.log(level, "MPS patch %s (%s): %s, %s", defect.id, defect.title, entry.state, entry.detail)
 
 
 def _install_if_needed(defect: Defect, device: torch.device, probe: ProbeResult) -> Entry:
     assert defect.cure is not None
-    if not probe.applicable and defect.cure.preventive:
-        return _install(defect, "preventive", probe.detail, probe)
+    if probe.failed:
+        return Entry(defect.id, "probe failed", probe.detail, probe)
+    if not probe.applicable and defect.cure.first_use is not None:
+        return _install(defect, "watching", f"checked on first use ({probe.detail})", probe)
     if not probe.applicable:
         return Entry(defect.id, "not applicable", probe.detail, probe)
     if probe.ok:
@@ -185,7 +203,7 @@ def _install_if_needed(defect: Defect, device: torch.device, probe: ProbeResult)
     entry = _install(defect, "patched", probe.detail, probe)
     if entry.state != "patched" or entry.detail != probe.detail:
         return entry
-    after = run_probe(defect, device, quick=True)
+    after = run_probe(replace(defect, probe=defect.cure.verify or defect.probe), device, quick=True)
     if after.ok and after.applicable:
         return entry
     _drop(defect.id)
@@ -211,20 +229,61 @@ def _install(defect: Defect, state: State, detail: str, probe: ProbeResult | Non
             slot = _slots[path, name] = _Slot(owner, name, getattr(owner, name), name not in vars(owner))
             _tell_torch_script(slot, True)
             setattr(owner, name, slot.stand_in)
-        _slots[path, name].cures[defect.id] = defect.cure.maker(name)
+        _slots[path, name].cures[defect.id] = _gate(defect, name) if state == "watching" else defect.cure.maker(name)
         _slots[path, name].rebuild()
+    if state == "watching":
+        _undecided[defect.id] = {name for _, name, _ in free}
     return Entry(defect.id, state, detail, probe)
 
 
+def _gate(defect: Defect, attribute: str) -> Maker:
+    assert defect.cure is not None and defect.cure.first_use is not None
+    settle = functools.partial(_settle_first_use, defect, attribute)
+    return first_use.gate(defect.cure.first_use[attribute], defect.cure.maker(attribute), settle)
+
+
+def _settle_first_use(defect: Defect, attribute: str, found: ProbeResult) -> None:
+    """Replace the gates of one function by its cure, or take them out, as the evidence says."""
+    with _lock:
+        entry, undecided = _entries.get(defect.id), _undecided.get(defect.id, set())
+        if entry is None or defect.cure is None or attribute not in undecided:
+            return
+        right = found.ok and found.applicable
+        slots = {key: slot for key, slot in _slots.items() if defect.id in slot.cures}
+        # One function may stand under several names.
+        same = {id(slot.original) for key, slot in slots.items() if key[1] == attribute}
+        for key, slot in slots.items():
+            if key[1] in undecided and (key[1] == attribute or id(slot.original) in same):
+                if right:
+                    _take_out(key, slot, defect.id)
+                else:
+                    slot.cures[defect.id] = defect.cure.maker(key[1])
+                    slot.rebuild()
+        undecided -= {attribute, *(key[1] for key, slot in slots.items() if id(slot.original) in same)}
+        detail = f"at its first use, {attribute}: {found.detail}"
+        if not right:
+            state: State = "patched" if found.applicable else "precaution"
+            entry = Entry(defect.id, state, detail, found)
+        elif entry.state == "watching":
+            entry = Entry(defect.id, "watching" if undecided else "not needed", detail, found)
+        _entries[defect.id] = entry
+        log.info("MPS patch %s (%s): %s, %s", defect.id, defect.title, entry.state, detail)
+
+
 def _drop(defect_id: str) -> None:
-    """Take one cure out; a function without cures goes back to what it was."""
+    """Take one cure, or its gates, out; a function without cures goes back to what it was."""
+    _undecided.pop(defect_id, None)
     for key, slot in list(_slots.items()):
-        if slot.cures.pop(defect_id, None) is None:
-            continue
-        slot.rebuild()
-        if not slot.cures:
-            _restore(slot)
-            del _slots[key]
+        if defect_id in slot.cures:
+            _take_out(key, slot, defect_id)
+
+
+def _take_out(key: tuple[str, str], slot: _Slot, defect_id: str) -> None:
+    del slot.cures[defect_id]
+    slot.rebuild()
+    if not slot.cures:
+        _restore(slot)
+        del _slots[key]
 
 
 def _restore(slot: _Slot) -> None:
@@ -253,7 +312,7 @@ def _tell_torch_script(slot: _Slot, installed: bool) -> None:
 def _rebind() -> None:
     """Give the stand-ins to modules that imported the originals by name; torch's own modules are left alone."""
     slots = {id(slot.original): slot for slot in _slots.values() if not slot.rebinding_done}
-    for slot in slots.values():
+    for slot in _slots.values():
         slot.rebinding_done = True
     for module_name, module in list(sys.modules.items()) if slots else ():
         if module_name.split(".")[0] == "torch" or module_name.startswith(f"{__package__}."):
@@ -291,6 +350,7 @@ def remove() -> None:
         for defect_id in list(_entries):
             _drop(defect_id)
         _entries.clear()
+        first_use.forget()
 
 
 def status() -> Report:
@@ -316,16 +376,30 @@ def suspended() -> Iterator[None]:
 def examine(defect: Defect, device: torch.device, quick: bool) -> tuple[str, ProbeResult, ProbeResult | None]:
     """One line of the Doctor: a verdict, the probe on the bare device, and the probe with the patches as they are.
 
-    The verdict is "pass", "defect, cured", "defect, not cured" or "not applicable". The second probe is made only for
-    process-wide cures of a defect that is there.
+    The verdict is "pass", "defect, cured", "defect, not cured", "checked on first use" (the probe does not apply, and
+    gates watch), "probe failed" or "not applicable". The second probe is made only for process-wide cures of a defect
+    that is there.
     """
     with suspended():
         bare = run_probe(defect, device, quick)
     if not bare.applicable:
-        return "not applicable", bare, None
+        return *_without_evidence(defect, bare), None
     if bare.ok:
         return "pass", bare, None
     if defect.kind != "process" or defect.cure is None:
         return "defect, not cured", bare, None
     cured = run_probe(defect, device, quick)
     return ("defect, cured" if cured.ok and cured.applicable else "defect, not cured"), bare, cured
+
+
+def _without_evidence(defect: Defect, bare: ProbeResult) -> tuple[str, ProbeResult]:
+    """Verdict and evidence where the probe says nothing: what the first call of trigger size said, or will say."""
+    if bare.failed:
+        return "probe failed", bare
+    entry = _entries.get(defect.id)
+    if entry is None or entry.probe is None or defect.cure is None or defect.cure.first_use is None:
+        return "not applicable", bare
+    if entry.state in ("watching", "precaution"):
+        return "checked on first use", replace(bare, detail=entry.detail)
+    found = {"patched": "defect, cured", "not needed": "pass"}.get(entry.state, "not applicable")
+    return found, replace(entry.probe, detail=entry.detail)

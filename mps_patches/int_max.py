@@ -3,19 +3,22 @@
 MPSGraph raises "does not support tensor dims larger than INT_MAX" (before torch 2.9 it ended the process) for the
 products, powers, repeats and joins of large video tensors; a slice counts as the whole buffer that it lies in
 (ComfyUI#11628, #12463). The cure copies parts of bounded size out of the large buffer and works on those. Attention and
-the VAE have cures of their own: this one is for what is left.
+the VAE have cures of their own: this one is for what is left. Each operation is checked at its first call of that size:
+where the device refuses it, the cure stays on. Before torch 2.9 a child process tries it out.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cat_2_31, gate, probing
-from .registry import Cure, Defect, Function, ProbeResult
+from . import cat_2_31, child_probe, gate, probing
+from .first_use import in_child
+from .registry import Cure, Defect, FirstUse, Function, ProbeResult
 
 ID = "int-max-dims"
 
@@ -76,14 +79,49 @@ def _product(product: Function, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _large(*values: Any) -> bool:
-    return gate.acts_on(values[0]) and gate.plain(*values) and any(gate.extent(value) > _limit() for value in values)
+    if not gate.acts_on(values[0]) or not all(isinstance(value, Tensor) for value in values):
+        return False
+    return any(gate.extent(value) > _limit() for value in values) and gate.plain(*values)
+
+
+def meets_pow(*args: Any, **kwargs: Any) -> bool:
+    """Whether a power by a number is of a large tensor."""
+    pair = gate.operands(args, kwargs, "input", "exponent")
+    return len(pair) == 2 and isinstance(pair[1], (int, float)) and _large(pair[0]) and pair[0].dim() > 0
+
+
+def meets_bmm(*args: Any, **kwargs: Any) -> bool:
+    """Whether a batched product is of large tensors."""
+    pair = gate.operands(args, kwargs, "input", "mat2")
+    return len(pair) == 2 and _large(*pair) and pair[0].dim() == pair[1].dim() == 3
+
+
+def meets_baddbmm(*args: Any, beta: float = 1, alpha: float = 1, **kwargs: Any) -> bool:
+    """Whether a batched product with a sum is of large tensors."""
+    three = gate.operands(args, kwargs, "input", "batch1", "batch2")
+    return len(three) == 3 and _large(three[1], three[0], three[2]) and three[1].dim() == three[2].dim() == 3
+
+
+def meets_repeat(input: Any = None, *sizes: Any, **kwargs: Any) -> bool:
+    """Whether a repeat is of a large tensor."""
+    counts = _counts(sizes)
+    return not kwargs and _large(input) and len(counts) >= input.dim() and min(counts, default=1) > 0
+
+
+def meets_cat(tensors: Any = (), dim: Any = 0, **kwargs: Any) -> bool:
+    """Whether a join is of large tensors."""
+    listed = isinstance(tensors, (list, tuple)) and len(tensors) > 0
+    return not kwargs and listed and isinstance(dim, int) and _large(*tensors) and cat_2_31.matching(tensors, dim)
+
+
+def _counts(sizes: tuple[Any, ...]) -> Any:
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
 
 
 def _make_pow(original: Function) -> Function:
     def cured(*args: Any, **kwargs: Any) -> Tensor:
-        pair = gate.operands(args, kwargs, "input", "exponent")
-        if len(pair) == 2 and isinstance(pair[1], (int, float)) and _large(pair[0]) and pair[0].dim():
-            return _elementwise(original, *pair)
+        if meets_pow(*args, **kwargs):
+            return _elementwise(original, *gate.operands(args, kwargs, "input", "exponent"))
         return original(*args, **kwargs)
 
     return cured
@@ -91,9 +129,8 @@ def _make_pow(original: Function) -> Function:
 
 def _make_bmm(original: Function) -> Function:
     def cured(*args: Any, **kwargs: Any) -> Tensor:
-        pair = gate.operands(args, kwargs, "input", "mat2")
-        if len(pair) == 2 and _large(*pair) and pair[0].dim() == pair[1].dim() == 3:
-            return _product(original, *pair)
+        if meets_bmm(*args, **kwargs):
+            return _product(original, *gate.operands(args, kwargs, "input", "mat2"))
         return original(*args, **kwargs)
 
     return cured
@@ -101,10 +138,10 @@ def _make_bmm(original: Function) -> Function:
 
 def _make_baddbmm(original: Function) -> Function:
     def cured(*args: Any, beta: float = 1, alpha: float = 1, **kwargs: Any) -> Tensor:
-        three = gate.operands(args, kwargs, "input", "batch1", "batch2")
-        if len(three) == 3 and _large(three[1], three[0], three[2]) and three[1].dim() == three[2].dim() == 3:
-            output = _product(torch.bmm, three[1], three[2]).mul_(alpha)
-            return output if beta == 0 else output.add_(three[0], alpha=beta)
+        if meets_baddbmm(*args, **kwargs):
+            start, left, right = gate.operands(args, kwargs, "input", "batch1", "batch2")
+            output = _product(torch.bmm, left, right).mul_(alpha)
+            return output if beta == 0 else output.add_(start, alpha=beta)
         return original(*args, beta=beta, alpha=alpha, **kwargs)
 
     return cured
@@ -112,9 +149,8 @@ def _make_baddbmm(original: Function) -> Function:
 
 def _make_repeat(original: Function) -> Function:
     def cured(input: Tensor, *sizes: Any, **kwargs: Any) -> Tensor:
-        counts = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
-        if not kwargs and len(counts) >= input.dim() and min(counts, default=1) > 0 and _large(input):
-            return reference_repeat(input, *counts)
+        if meets_repeat(input, *sizes, **kwargs):
+            return reference_repeat(input, *_counts(sizes))
         return original(input, *sizes, **kwargs)
 
     return cured
@@ -122,26 +158,46 @@ def _make_repeat(original: Function) -> Function:
 
 def _make_cat(original: Function) -> Function:
     def cured(tensors: Any, dim: int = 0, **kwargs: Any) -> Tensor:
-        listed = isinstance(tensors, (list, tuple)) and len(tensors) > 0
-        if not kwargs and listed and _large(*tensors) and cat_2_31.matching(tensors, dim):
+        if meets_cat(tensors, dim, **kwargs):
             return cat_2_31.reference(tensors, dim)
         return original(tensors, dim, **kwargs)
 
     return cured
 
 
+def check(original: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProbeResult:
+    """Whether the device refuses the call; before torch 2.9, which ends the process, a child process finds out."""
+    if _ends_the_process():
+        return in_child(ID, _limit())
+    try:
+        original(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "INT_MAX" not in str(error):
+            raise
+        return ProbeResult(False, math.inf, 0.0, f"the device refuses ({probing.first_line(error)})")
+    return ProbeResult(True, 0.0, 0.0, "the device takes it")
+
+
+def _ends_the_process() -> bool:
+    return gate.torch_before(2, 9) and _limit() > probing.SCALED
+
+
 def probe(device: torch.device, quick: bool) -> ProbeResult:
-    """Square a few numbers that lie in a buffer beyond the limit: 2 GiB, so not at start; before 2.9 never."""
-    limit = gate.LIMITS[ID]
-    if limit > 1 << 24 and quick:
-        return probing.not_applicable(f"checked by the Doctor only: takes {limit / probing.GIB:.0f} GiB")
-    if limit > 1 << 24 and gate.torch_before(2, 9):
-        return probing.not_applicable("not tried out: where it fails, torch before 2.9 ends the process")
-    if reason := probing.lacks_memory(device, limit + (1 << 29)):
-        return probing.not_applicable(reason)
+    """Square a few numbers that lie in a buffer beyond the limit: 2 GiB, so not in the quick check."""
+    limit = _limit()
+    if limit > probing.SCALED and quick:
+        return probing.not_applicable(f"takes {limit / probing.GIB:.0f} GiB")
+    if _ends_the_process():
+        return in_child(ID, limit)
     values = torch.arange(64, dtype=torch.uint8)
     compute = partial(_square_in_large_buffer, values.to(device), limit + 1)
     return probing.compare(compute, (values.long() ** 2 % 256), probing.EXACT, f"pow in a buffer of {limit + 65}")
+
+
+def _footprint(quick: bool) -> int:
+    return 0 if quick else child_probe.footprint(ID, _limit())
 
 
 def _square_in_large_buffer(values: Tensor, size: int) -> Tensor:
@@ -162,7 +218,7 @@ DEFECTS = (
         affected="open; an error since torch 2.9, an abort of the process before",
         upstream=("ComfyUI#11628", "ComfyUI#12463", "pytorch#149325", "pytorch#158824"),
         seam="torch.pow, bmm, baddbmm, cat, the methods of torch.Tensor, Tensor.repeat",
-        advice="Leave the patch on; where it is not enough, choose fewer frames, a smaller size or VAE tiles.",
+        advice="Leave the patch on auto; where it is not enough, choose fewer frames, a smaller size or VAE tiles.",
         probe=probe,
         cure=Cure(
             targets=(
@@ -178,8 +234,15 @@ DEFECTS = (
                 "baddbmm": _make_baddbmm,
                 "repeat": _make_repeat,
             },
-            preventive=True,
+            first_use={
+                **dict.fromkeys(("pow", "__pow__"), FirstUse(meets_pow, check)),
+                **dict.fromkeys(_NAMES, FirstUse(meets_cat, check)),
+                "bmm": FirstUse(meets_bmm, check),
+                "baddbmm": FirstUse(meets_baddbmm, check),
+                "repeat": FirstUse(meets_repeat, check),
+            },
         ),
         reference="int_max.reference_bmm",
+        footprint=_footprint,
     ),
 )

@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .registry import ProbeResult
+from .registry import SMALL_PROBE, ProbeResult
 
 EXACT = 0.0
 GIB = 1 << 30
-# Bytes that a probe may take on the device.
-LARGEST_PROBE = 4 * GIB
+# Triggers up to this many elements are scaled down: such a probe is small, and harmless on a simulated device.
+SCALED = 1 << 24
+# The most bytes that a probe may take on the device, and the share of what is free there that it may take.
+LARGEST_PROBE = 4 * GIB + (1 << 28)
+LARGEST_SHARE = 0.5
 
 
 def noise(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -27,6 +30,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference over the reference's largest value; inf for NaN or another shape."""
     if actual.shape != expected.shape:
         return math.inf
+    if actual.device == expected.device and actual.dtype == expected.dtype and torch.equal(actual, expected):
+        return 0.0
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     if actual.numel() == 0:
         return 0.0
@@ -64,12 +69,23 @@ def first_line(error: BaseException) -> str:
 
 
 def lacks_memory(device: torch.device, needed: int) -> str | None:
-    """Why ``needed`` bytes should not be taken on the device for a probe, or None."""
+    """Why a probe that holds ``needed`` bytes on the device is not run, or None.
+
+    Free is what the recommended working set has left. Small probes (``SMALL_PROBE``) always run.
+    """
+    if needed <= SMALL_PROBE:
+        return None
     if needed > LARGEST_PROBE:
-        return f"not tried out: takes {needed / GIB:.1f} GiB"
+        return f"takes {needed / GIB:.1f} GiB, more than a probe may ({LARGEST_PROBE / GIB:.2f})"
     if device.type != "mps":
         return None
-    free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if free >= needed:
+    free = max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
+    if needed <= LARGEST_SHARE * free:
         return None
-    return f"needs {needed / GIB:.1f} GiB, {max(free, 0) / GIB:.1f} GiB are free"
+    return f"takes {needed / GIB:.1f} GiB, more than {LARGEST_SHARE:.0%} of the {free / GIB:.1f} GiB that are free"
+
+
+def sampled(total: int, count: int = 3) -> list[int]:
+    """``count`` places of ``total``, spread from the first to the last."""
+    last = total - 1
+    return sorted({round(last * index / max(1, count - 1)) for index in range(count)}) if total else []

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import gate, probing
 from .registry import Cure, Defect, Function, ProbeResult
 
+ID = "rms-norm-rows"
 # Elements computed at once: bounds the float32 temporaries to 128 MiB each.
 CHUNK_ELEMENTS = 1 << 25
 
@@ -40,7 +41,7 @@ def _by_rows(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | No
     shape = tuple(normalized_shape)
     size = math.prod(shape)
     rows = input.reshape(-1, *shape)
-    most = max(1, min(gate.LIMITS["rms-norm-rows"], CHUNK_ELEMENTS // size))
+    most = max(1, min(gate.LIMITS[ID], CHUNK_ELEMENTS // size))
     output = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for start, length in gate.ranges(rows.size(0), most):
         output[start : start + length] = reference(rows[start : start + length], shape, weight, eps)
@@ -53,11 +54,11 @@ def _make(original: Function) -> Function:
     ) -> Tensor:
         if (
             gate.acts_on(input)
-            and input.numel() > gate.LIMITS["rms-norm-rows"]
+            and input.numel() > gate.LIMITS[ID]
             and gate.plain(input, weight)
             and input.is_floating_point()
             and tuple(input.shape[input.dim() - len(normalized_shape) :]) == tuple(normalized_shape)
-            and input.numel() > gate.LIMITS["rms-norm-rows"] * math.prod(normalized_shape)
+            and input.numel() > gate.LIMITS[ID] * math.prod(normalized_shape)
         ):
             return _by_rows(input, normalized_shape, weight, eps)
         return original(input, normalized_shape, weight, eps)
@@ -66,15 +67,25 @@ def _make(original: Function) -> Function:
 
 
 def probe(device: torch.device, quick: bool) -> ProbeResult:
-    """Normalise a few rows more than the limit and compare the first and last 1,024 (quick: width 4; else 128)."""
-    limit, width = gate.LIMITS["rms-norm-rows"], 4 if quick else 128
-    count = 2 * limit + 1
-    if reason := probing.lacks_memory(device, 4 * count * width):
-        return probing.not_applicable(reason)
+    """Normalise more rows than the limit, and compare the first and last 1,024.
+
+    Quick: width 4. Otherwise heads of 64, three million rows of them: 40 heads of a 1280x720x81 video's tokens.
+    """
+    count, width = _rows_and_width(quick)
     ends = probing.noise((1024, width), torch.float16)
     expected = reference(torch.cat([ends, ends]), (width,))
     compute = partial(_normalise_ends, ends.to(device), count)
     return probing.compare(compute, expected, 2e-3, f"rms_norm of {count} rows of {width}")
+
+
+def _rows_and_width(quick: bool) -> tuple[int, int]:
+    limit = gate.LIMITS[ID]
+    return (2 * limit + 1, 4) if quick else (min(2 * limit + 1, 40 * 75600), 64)
+
+
+def _footprint(quick: bool) -> int:
+    count, width = _rows_and_width(quick)
+    return 4 * (count + 4096) * width + (1 << 24)
 
 
 def _normalise_ends(ends: Tensor, count: int) -> Tensor:
@@ -87,7 +98,7 @@ def _normalise_ends(ends: Tensor, count: int) -> Tensor:
 
 DEFECTS = (
     Defect(
-        id="rms-norm-rows",
+        id=ID,
         title="rms_norm fails above two million rows",
         symptom="Black frames, NaN",
         trigger="torch.nn.functional.rms_norm on more than 2^21 rows",
@@ -99,5 +110,6 @@ DEFECTS = (
         probe=probe,
         cure=Cure(targets=(("torch.nn.functional", "rms_norm"), ("torch", "rms_norm")), make=_make),
         reference="rms_norm_rows.reference",
+        footprint=_footprint,
     ),
 )

@@ -44,10 +44,12 @@ def probe_conv3d(device: torch.device, quick: bool) -> ProbeResult:
     return found
 
 
+def _footprint(quick: bool) -> int:
+    return LARGEST_ACTIVATION + (1 << 20)
+
+
 def probe_buffer(device: torch.device, quick: bool) -> ProbeResult:
     """Reserve the largest tensor of a 14B run at 1280x720x81, without touching it."""
-    if reason := probing.lacks_memory(device, LARGEST_ACTIVATION):
-        return probing.not_applicable(reason)
     try:
         torch.empty(LARGEST_ACTIVATION, dtype=torch.uint8, device=device)
     except RuntimeError as error:
@@ -85,6 +87,7 @@ DEFECTS = (
         cure=None,
         reference="",
         kind="advice",
+        footprint=_footprint,
     ),
     Defect(
         id="command-buffer",

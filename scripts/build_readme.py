@@ -15,22 +15,16 @@ from pathlib import Path
 from _pack import ROOT, load_pack
 
 README = ROOT / "README.md"
-KINDS = {
-    "process": "patched where the probe fails",
-    "model": "patched in the models and VAEs that the pack loads, or with Patch Model / Patch VAE for MPS",
-    "loader": "avoided by the pack's loaders",
-    "advice": "reported by the Doctor",
-}
 
 
 def defects() -> str:
     """Symptom, trigger, upstream reference and cure of every known defect."""
     load_pack()
-    from apple_silicon_video.mps_patches.registry import DEFECTS
+    from apple_silicon_video.mps_patches.registry import DEFECTS, treatment
 
     rows = ["| id | what you see | when | upstream | what the pack does |", "|---|---|---|---|---|"]
     for defect in DEFECTS.values():
-        cells = (defect.id, defect.symptom, defect.trigger, " ".join(defect.upstream), KINDS[defect.kind])
+        cells = (defect.id, defect.symptom, defect.trigger, " ".join(defect.upstream), treatment(defect))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from apple_silicon_video.mps_patches import attention, flash_packages
+from apple_silicon_video.mps_patches import attention, attention_defects, flash_packages
 from apple_silicon_video.mps_patches.attention import patched_attention, plan_attention
 from apple_silicon_video.mps_patches.attention_plan import AttentionLimits, parse_version, scaled
 from apple_silicon_video.mps_patches.chunked_attention import attend, mask_to_rank_4, reference_attention
@@ -356,5 +356,6 @@ def test_cures_of_sdpa_pass_on_what_is_not_on_mps(cure):
 
 
 def test_defects_are_in_the_table():
-    assert {defect.id for defect in attention.DEFECTS} <= set(DEFECTS)
-    assert set(attention.PATCHED_PROBES) <= {defect.id for defect in attention.DEFECTS if defect.kind == "model"}
+    assert {defect.id for defect in attention_defects.DEFECTS} <= set(DEFECTS)
+    models = {defect.id for defect in attention_defects.DEFECTS if defect.kind == "model"}
+    assert set(attention.PATCHED_PROBES) <= models

@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from apple_silicon_video.mps_patches import gate
+from apple_silicon_video.mps_patches import gate, quantised_dtype
 from apple_silicon_video.mps_patches import interpolate as interpolation
+from apple_silicon_video.quantization import scaled_formats
 from apple_silicon_video.tests.unit.mps_cures import cured, error, marker, noise, rounding
 
 torch.set_num_threads(1)
@@ -312,7 +313,12 @@ def test_bmm_in_contiguous_pieces(everywhere, left, right):
 
     with gate.scaled(bmm_2_32=limit):
         assert error(cured("bmm-2-32", name, original)(left, right), left.double() @ right.double()) < 1e-6
-        assert cured("bmm-2-32", name, marker)(left.contiguous(), right.contiguous()) == "original"
+        large = max(left.numel(), right.numel()) > limit
+        left, right = left.contiguous(), right.contiguous()
+        if large:
+            assert error(cured("bmm-2-32", name, original)(left, right), left.double() @ right.double()) < 1e-6
+        else:
+            assert cured("bmm-2-32", name, marker)(left, right) == "original"
     assert cured("bmm-2-32", name, marker)(left, right) == "original"
 
 
@@ -359,3 +365,30 @@ def test_baddbmm_is_given_zeros(everywhere):
     place = torch.full((3, 4, 6), math.nan)
     cured("baddbmm-uninitialised", "baddbmm_", original)(place, left, right, beta=0)
     assert error(place, left.double() @ right.double()) < 1e-6
+
+
+# ---- quantised weights
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_quantised_weights_of_every_kind_are_looked_at(quick, monkeypatch):
+    """The probe passes on the CPU, and notices factors that are left out, wrong bytes and a wrong dtype."""
+    device = torch.device("cpu")
+    assert quantised_dtype.probe(device, quick).ok
+    with monkeypatch.context() as patch:
+        patch.setattr(scaled_formats.Scales, "multiply", lambda self, dense: None)
+        found = quantised_dtype.probe(device, quick)
+        assert not found.ok and ("MXFP8" in found.detail or "scale" in found.detail)
+    with monkeypatch.context() as patch:
+        table = scaled_formats.ScaledFormat.table
+        patch.setattr(scaled_formats.ScaledFormat, "table", lambda self, device: table(self, device).roll(1))
+        assert not quantised_dtype.probe(device, quick).ok
+    with monkeypatch.context() as patch:
+        patch.setattr(quantised_dtype, "_product", lambda input, weight: torch.zeros(4, 8, dtype=torch.float16))
+        assert not quantised_dtype.probe(device, quick).ok
+
+
+def test_the_scaled_cases_have_every_format():
+    names = {case.name for case in quantised_dtype.SCALED_CASES.values()}
+    assert names == set(scaled_formats.SCALED_FORMATS)
+    assert any(case.powers_of_two for case in quantised_dtype.SCALED_CASES.values())

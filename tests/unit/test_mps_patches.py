@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from apple_silicon_video.mps_patches import install, probing, registry
-from apple_silicon_video.mps_patches.registry import DEFECTS, Cure, Defect, ProbeResult
+from apple_silicon_video.mps_patches.registry import DEFECTS, Cure, Defect, FirstUse, ProbeResult
 
 torch.set_num_threads(1)
 
@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 def fake_device(monkeypatch):
     """install.apply believes that there is an MPS device; probes get the CPU."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: None)
     yield torch.device("mps")
     install.remove()
 
@@ -35,7 +36,9 @@ def test_table_is_complete():
     for name, defect in DEFECTS.items():
         assert name == defect.id and defect.kind in ("process", "model", "loader", "advice")
         assert defect.title and defect.symptom and defect.trigger and defect.cause and defect.affected and defect.advice
-        assert defect.kind == "process" or defect.cure is None
+        assert defect.kind in ("process", "model") or defect.cure is None
+        if defect.cure is not None and defect.cure.first_use is not None:
+            assert set(defect.cure.first_use) == {attribute for _, attribute in defect.cure.targets}
         if defect.reference:
             module, _, function = defect.reference.rpartition(".")
             package = "quantization" if module.startswith("quantization") else "mps_patches"
@@ -88,7 +91,7 @@ def add_toy(monkeypatch, healthy=lambda: False, cured_result=True, **options):
         return ProbeResult(good, 0.0 if good else 1.0, 0.0, "measured", applicable=options.get("applicable", True))
 
     targets = (("toy_functions", "toy"),)
-    cure = Cure(targets, lambda original: lambda x: original(x) * 10, options.get("preventive", False))
+    cure = Cure(targets, lambda original: lambda x: original(x) * 10, options.get("first_use"))
     text = dict.fromkeys(("symptom", "trigger", "cause", "affected", "seam", "advice", "reference"), "")
     defect = Defect(id="toy-defect", title="Toy", upstream=(), probe=probe, cure=cure, **text)
     monkeypatch.setattr(install, "DEFECTS", {"toy-defect": defect})
@@ -125,21 +128,111 @@ def test_a_cure_that_does_not_cure_stays_off(monkeypatch, fake_device, caplog):
     assert install.examine(defect, fake_device, True)[0] == "defect, not cured"
 
 
-@pytest.mark.parametrize(("preventive", "state"), [(True, "preventive"), (False, "not applicable")])
-def test_without_evidence_only_preventive_cures_are_installed(monkeypatch, fake_device, preventive, state):
-    original, defect = add_toy(monkeypatch, applicable=False, preventive=preventive)
-    assert install.apply(fake_device).entries["toy-defect"].state == state
-    assert (TOY.toy is original) is not preventive
+def test_without_evidence_nothing_is_installed(monkeypatch, fake_device):
+    original, defect = add_toy(monkeypatch, applicable=False)
+    assert install.apply(fake_device).entries["toy-defect"].state == "not applicable" and TOY.toy is original
     assert install.examine(defect, fake_device, True)[0] == "not applicable"
 
 
-def test_a_broken_probe_patches_nothing(monkeypatch, fake_device, caplog):
+def watched_toy(monkeypatch, check):
+    """A toy whose quick probe does not apply: calls with 7 and more are of trigger size."""
+    checked = []
+
+    def counted(function, args, kwargs):
+        checked.append(function(*args, **kwargs))
+        return check(*args)
+
+    first_use = {"toy": FirstUse(lambda x: x >= 7, counted)}
+    return *add_toy(monkeypatch, applicable=False, first_use=first_use), checked
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_first_call_of_trigger_size_decides(monkeypatch, fake_device, caplog, right):
+    caplog.set_level(logging.INFO)
+    found = ProbeResult(right, 0.0 if right else 3.0, 1.0, "compared")
+    original, defect, checked = watched_toy(monkeypatch, lambda x: found)
+    report = install.apply(fake_device)
+    assert report.watching == ("toy-defect",) and report.active == () and TOY.toy is not original
+    assert "checked on first use" in report.entries["toy-defect"].detail and not caplog.text
+    assert install.examine(defect, fake_device, True)[0] == "checked on first use"
+    assert TOY.toy(1) == 2 and TOY.toy(6) == 7 and checked == []
+    assert install.apply(fake_device) == report
+    stand_in = TOY.toy
+    assert stand_in(7) == (8 if right else 80) and checked == [8]
+    assert caplog.text.count("at its first use, toy: compared") == 1
+    entry = install.status().entries["toy-defect"]
+    assert entry.state == ("not needed" if right else "patched") and entry.probe == found
+    verdict, evidence, _ = install.examine(defect, fake_device, True)
+    assert verdict == ("pass" if right else "defect, cured") and evidence.error == found.error
+    assert (TOY.toy is original) is right, "a right function keeps a gate"
+    assert [stand_in(9), TOY.toy(9)] == [10 if right else 100] * 2 and checked == [8]
+    assert install.apply(fake_device).entries["toy-defect"] == entry and caplog.text.count("first use") == 1
+    install.remove()
+    assert TOY.toy is original and stand_in(9) == 10
+
+
+def test_a_check_without_evidence_keeps_the_cure(monkeypatch, fake_device, caplog):
+    def check(x):
+        raise ValueError("no such row")
+
+    _, defect, checked = watched_toy(monkeypatch, check)
+    install.apply(fake_device)
+    assert [TOY.toy(7), TOY.toy(7)] == [80, 80] and checked == [8]
+    assert install.status().entries["toy-defect"].state == "precaution" and "no such row" in caplog.text
+    assert install.examine(defect, fake_device, True)[0] == "checked on first use"
+
+
+def test_out_of_memory_in_a_check_is_the_caller_s(monkeypatch, fake_device):
+    def check(x):
+        raise torch.OutOfMemoryError("no memory")
+
+    watched_toy(monkeypatch, check)
+    install.apply(fake_device)
+    with pytest.raises(torch.OutOfMemoryError):
+        TOY.toy(7)
+    assert install.status().watching == ("toy-defect",)
+
+
+def test_switching_a_watched_patch(monkeypatch, fake_device):
+    original, _, checked = watched_toy(monkeypatch, lambda x: ProbeResult(True, 0.0, 1.0, "compared"))
+    install.apply(fake_device)
+    assert install.apply(fake_device, {"toy-defect": "on"}).active == ("toy-defect",) and TOY.toy(1) == 20
+    assert install.apply(fake_device, {"toy-defect": "off"}).replaced == () and TOY.toy is original
+    assert TOY.toy(7) == 8 and checked == []
+
+
+def test_each_function_of_a_defect_has_its_own_first_use(monkeypatch, fake_device):
+    original, defect, _ = watched_toy(monkeypatch, lambda x: ProbeResult(x > 7, 0.0, 1.0, "compared"))
+    other = TOY.other = types.FunctionType(toy.__code__, {"__name__": "toy_functions"}, "other")
+    cure = dataclasses.replace(
+        defect.cure,
+        targets=(("toy_functions", "toy"), ("toy_functions", "other")),
+        first_use={"toy": defect.cure.first_use["toy"], "other": defect.cure.first_use["toy"]},
+    )
+    monkeypatch.setattr(install, "DEFECTS", {"toy-defect": dataclasses.replace(defect, cure=cure)})
+    install.apply(fake_device)
+    assert TOY.other(8) == 9 and TOY.other is other and TOY.toy is not original
+    assert install.status().entries["toy-defect"].state == "watching"
+    assert TOY.toy(7) == 80 and install.status().entries["toy-defect"].state == "patched"
+
+
+def test_a_broken_probe_patches_nothing_and_says_so(monkeypatch, fake_device, caplog):
     def healthy():
         raise ValueError("no such shape")
 
-    original, _ = add_toy(monkeypatch, healthy=healthy)
-    assert install.apply(fake_device).entries["toy-defect"].state == "not applicable" and TOY.toy is original
+    original, defect = add_toy(monkeypatch, healthy=healthy)
+    entry = install.apply(fake_device).entries["toy-defect"]
+    assert entry.state == "probe failed" and entry.detail == "ValueError: no such shape" and TOY.toy is original
     assert "no such shape" in caplog.text
+    verdict, bare, _ = install.examine(defect, fake_device, True)
+    assert verdict == "probe failed" and bare.failed and not bare.applicable
+
+
+def test_a_probe_without_the_memory_is_not_run(monkeypatch, fake_device):
+    _, defect = add_toy(monkeypatch, healthy=forbidden)
+    large = dataclasses.replace(defect, footprint=lambda quick: 1 << 40)
+    found = install.run_probe(large, fake_device, False)
+    assert not found.applicable and not found.failed and "1024.0 GiB" in found.detail
 
 
 def test_choices_and_the_environment(monkeypatch, fake_device, caplog):
@@ -202,7 +295,7 @@ def test_names_imported_before_are_rebound_and_restored(monkeypatch, fake_device
 
 def test_torch_methods_come_back_as_they_were(fake_device):
     before = identities()
-    choices = {name: "on" for name, defect in DEFECTS.items() if defect.kind == "process"}
+    choices = {name: "on" for name, defect in DEFECTS.items() if defect.cure is not None}
     report = install.apply(fake_device, choices)
     assert len(report.replaced) > 90
     after = identities()
@@ -217,7 +310,7 @@ def test_torch_methods_come_back_as_they_were(fake_device):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_script_still_compiles_patched_functions(fake_device):
-    choices = {name: "on" for name, defect in DEFECTS.items() if defect.kind == "process"}
+    choices = {name: "on" for name, defect in DEFECTS.items() if defect.cure is not None}
     install.apply(fake_device, choices)
 
     def step(x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parents[2]
-sys.path += [str(folder) for folder in (TESTS, TESTS.parent / "scripts") if str(folder) not in sys.path]
+INSIDE = Path(__file__).resolve().parent
+TESTS = INSIDE.parents[1]
+sys.path += [str(folder) for folder in (TESTS, TESTS.parent / "scripts", INSIDE) if str(folder) not in sys.path]
 
 from simulated_mps import disable_all, dry, limits, reset  # noqa: E402
 from simulated_mps.environment import install_from_environment  # noqa: E402

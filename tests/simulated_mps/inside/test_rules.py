@@ -24,6 +24,10 @@ def pad(x):
     return F.pad(x, (0, 0, 0, 0, 2, 0))
 
 
+def padded(mode):
+    return lambda x: F.pad(x, (1, 1, 1, 1, 1, 0), mode=mode)
+
+
 def nearest_exact(*size):
     return lambda x: F.interpolate(x, size, mode="nearest-exact")
 
@@ -60,6 +64,8 @@ NAN = torch.full((2, 3, 3), float("nan"))
 SPOILT = [
     ("pad-rank-5", {"inner": 64}, pad, [made(1, 2, 3, 8, 8)]),
     ("pad-rank-5", {"inner": 64}, pad, [made(1, 2, 3, 16, 8, dtype=HALF)]),
+    ("pad-rank-5", {"inner": 64}, padded("replicate"), [made(1, 2, 3, 8, 8)]),
+    ("pad-rank-5", {"inner": 64}, padded("reflect"), [made(1, 2, 3, 8, 8)]),
     ("interpolate-half-5d", {}, lambda x: F.interpolate(x, scale_factor=2), [made(1, 1, 2, 3, 3, dtype=HALF)]),
     ("interpolate-half-5d", {}, lambda x: F.interpolate(x, size=(2, 6, 6)), [made(1, 1, 2, 3, 3).bfloat16()]),
     ("nearest-exact-rounding", {}, nearest_exact(11), [made(1, 1, 20)]),
@@ -82,7 +88,9 @@ SPOILT = [
     ("matmul-large-k", {"k": 64}, F.linear, tensors((2, 3, 64), (5, 64), (5,))),
     ("matmul-large-k", {"k": 64}, torch.addmm, tensors((3, 5), (3, 64), (64, 5))),
     ("matmul-large-k", {"k": 64}, torch.baddbmm, tensors((2, 3, 5), (2, 3, 64), (2, 64, 5))),
-    ("bmm-2-32", {"elements": 59}, lambda a, b: torch.bmm(a, b.mT), tensors((4, 5, 3), (4, 5, 3))),
+    ("bmm-2-32", {"elements": 59}, torch.bmm, tensors((4, 5, 3), (4, 3, 5))),
+    ("bmm-2-32", {"elements": 99}, lambda a, b: torch.bmm(a, b.mT), tensors((4, 5, 3), (4, 5, 3))),
+    ("bmm-2-32", {"elements": 24}, lambda a, b: torch.bmm(a, b.mT), tensors((1, 5, 3), (1, 5, 3))),
     ("linear-large-batch", {"batch": 3}, F.linear, tensors((4, 2, 3), (5, 3), (5,))),
     ("baddbmm-uninitialised", {}, baddbmm_zero, [NAN, *tensors((2, 3, 4), (2, 4, 3))]),
     ("baddbmm-uninitialised", {}, baddbmm_zero_in_place, [NAN, *tensors((2, 3, 4), (2, 4, 3))]),
@@ -96,6 +104,7 @@ SPOILT = [
 
 KEPT = [
     ("pad-rank-5", {"inner": 65}, pad, [made(1, 2, 3, 8, 8)]),
+    ("pad-rank-5", {"inner": 65}, padded("replicate"), [made(1, 2, 3, 8, 8)]),
     ("pad-rank-5", {"inner": 64}, lambda x: F.pad(x, (1, 0)), [made(2, 3, 8, 8)]),
     ("pad-rank-5", {"inner": 64}, lambda x: torch.cat([x.new_zeros(1, 2, 2, 8, 8), x], 2), [made(1, 2, 3, 8, 8)]),
     ("interpolate-half-5d", {}, lambda x: F.interpolate(x, scale_factor=2), [made(1, 1, 2, 3, 3)]),
@@ -115,8 +124,8 @@ KEPT = [
     ("softmax-half", {"keys": 15}, attend, tensors(*FAST)),
     ("sdpa-causal-half", {}, attend_causal, tensors(*FAST)),
     ("matmul-large-k", {"k": 65}, torch.matmul, tensors((3, 64), (64, 5))),
-    ("bmm-2-32", {"elements": 60}, lambda a, b: torch.bmm(a, b.mT), tensors((4, 5, 3), (4, 5, 3))),
-    ("bmm-2-32", {"elements": 59}, lambda a, b: torch.bmm(a, b.mT.contiguous()), tensors((4, 5, 3), (4, 5, 3))),
+    ("bmm-2-32", {"elements": 100}, lambda a, b: torch.bmm(a, b.mT), tensors((4, 5, 3), (4, 5, 3))),
+    ("bmm-2-32", {"elements": 60}, lambda a, b: torch.bmm(a, b.mT.contiguous()), tensors((4, 5, 3), (4, 5, 3))),
     ("linear-large-batch", {"batch": 4}, F.linear, tensors((4, 2, 3), (5, 3), (5,))),
     ("linear-large-batch", {"batch": 3}, F.linear, tensors((4, 2, 3), (5, 3))),
     ("baddbmm-uninitialised", {}, baddbmm_zero, tensors((2, 3, 3), (2, 3, 4), (2, 4, 3))),

@@ -9,15 +9,20 @@ from .model import HALF, Call, Rule, Thresholds, above, at_least, noise
 
 def _inner_extent(call: Call, t: Thresholds) -> int | None:
     x = call.arguments["self"]
-    if x.dim() != 5 or not any(call.arguments["pad"]):
+    if x.dim() != 5 or not any(_padding(call)):
         return None
     return at_least(x.shape[-2] * x.shape[-1], t["inner"])
 
 
+def _padding(call: Call) -> list[int]:
+    """The amounts, whose name differs between constant and other padding."""
+    return call.arguments["pad" if "pad" in call.arguments else "padding"]
+
+
 def _pad_over_the_first_frame(call: Call, t: Thresholds, _) -> None:
-    pad = call.arguments["pad"]
+    pad = _padding(call)
     front = max(pad[4], 0) if len(pad) > 4 else 0
-    call.result.narrow(2, front, 1).fill_(call.arguments["value"])
+    call.result.narrow(2, front, 1).fill_(call.arguments.get("value", 0.0))
 
 
 def _half_input(call: Call, t: Thresholds) -> int | None:
@@ -135,10 +140,10 @@ def _conv3d_on_macos_26_2(call: Call, t: Thresholds) -> int | None:
 RULES = [
     Rule(
         "pad-rank-5",
-        "constant pad of a rank-5 tensor whose last two dims hold this many elements or more: the fill value "
-        "overwrites the first frame of the data",
+        "padding of a rank-5 tensor whose last two dims hold this many elements or more: the fill value, or zero in "
+        "the replicate and reflect modes, overwrites the first frame of the data",
         ("pytorch#194922", "ComfyUI#16433"),
-        ("constant_pad_nd",),
+        ("constant_pad_nd", "replication_pad3d", "reflection_pad3d"),
         {"inner": 65536},
         _inner_extent,
         after=_pad_over_the_first_frame,

@@ -19,16 +19,20 @@ def _read_past_the_operands(call: Call, t: Thresholds, _) -> None:
     call.result.copy_(call.result + garbage)
 
 
-def _large_strided_batch(call: Call, t: Thresholds) -> int | None:
+def _large_batch(call: Call, t: Thresholds) -> int | None:
+    """Elements of an operand, or of the result where an operand is not contiguous."""
     operands = [call.arguments[LEFT[call.operation]], call.arguments[RIGHT[call.operation]]]
-    sizes = [operand.numel() for operand in operands if not operand.is_contiguous()]
-    return above(max(sizes, default=0), t["elements"])
+    sizes = [operand.numel() for operand in operands]
+    if not all(operand.is_contiguous() for operand in operands):
+        sizes.append(call.result.numel())
+    return above(max(sizes), t["elements"])
 
 
 def _wrap_the_batches(call: Call, t: Thresholds, _) -> None:
-    """Batches whose first element lies beyond the threshold come from address 0 on."""
-    per_batch = max(call.arguments[side[call.operation]][0].numel() for side in (LEFT, RIGHT))
-    start = max(1, int(t["elements"] // per_batch))
+    """Batches that begin beyond the threshold in the largest tensor come from address 0 on; noise where none do."""
+    operands = [call.arguments[side[call.operation]] for side in (LEFT, RIGHT)]
+    per_batch = max(tensor[0].numel() for tensor in (*operands, call.result))
+    start = min(max(1, int(t["elements"] // per_batch)), len(call.result) - 1)
     wrapped = call.result[start:]
     wrapped.copy_(call.result[: len(wrapped)] if len(wrapped) <= start else noise(wrapped))
 
@@ -72,11 +76,12 @@ RULES = [
     ),
     Rule(
         "bmm-2-32",
-        "bmm with a non-contiguous operand above this size: batches beyond it repeat the first ones",
+        "bmm with an operand above this size, or with such a result of a non-contiguous operand: batches beyond it "
+        "repeat the first ones",
         ("pytorch#197636",),
         tuple(RIGHT),
         {"elements": 1 << 32},
-        _large_strided_batch,
+        _large_batch,
         after=_wrap_the_batches,
     ),
     Rule(
