@@ -18,10 +18,17 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+def half_field(blocks: Tensor, offset: int, count: int = 1) -> Tensor:
+    """Return ``count`` float16 at the even byte ``offset`` as [n, count]; a copy where they are not aligned."""
+    field = blocks[:, offset : offset + 2 * count]
+    if field.storage_offset() % 2 or field.stride(0) % 2:
+        field = field.clone(memory_format=torch.contiguous_format)
+    return field.view(torch.float16)
+
+
 def halves(blocks: Tensor, offset: int, count: int = 1) -> Tensor:
-    """Return ``count`` float16 fields at byte ``offset`` as float32 [n, count]."""
-    field = blocks[:, offset : offset + 2 * count].clone(memory_format=torch.contiguous_format)
-    return field.view(torch.float16).float()
+    """Return ``count`` float16 fields at the even byte ``offset`` as float32 [n, count]."""
+    return half_field(blocks, offset, count).float()
 
 
 def integers(blocks: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -37,6 +44,11 @@ def bit_planes(field: Tensor, bits: int) -> Tensor:
     return planes.bitwise_and_((1 << bits) - 1)
 
 
+def along(values: tuple[int, ...] | tuple[float, ...], dims: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a constant that runs along the first of ``dims`` dimensions."""
+    return constant(values, dtype, device).view(-1, *[1] * (dims - 1))
+
+
 def write(operation: Callable[..., Tensor], left: Tensor, right: Tensor, out: Tensor) -> None:
     """Write ``operation(left, right)``, computed in float32, into ``out``, rounded to its dtype.
 
@@ -46,3 +58,17 @@ def write(operation: Callable[..., Tensor], left: Tensor, right: Tensor, out: Te
         operation(left, right, out=out)
     else:
         out.copy_(operation(left, right))
+
+
+def write_multiply_add(factor: Tensor, quants: Tensor, summand: Tensor, out: Tensor) -> None:
+    """Write ``factor * quants + summand``, computed in float32, into ``out``, rounded to its dtype.
+
+    The products must be exact in float32 (in K-quants they are: 11 bits of a float16, 6 of a scale and 5 of a quant),
+    so that it does not matter whether a kernel rounds them before the sum.
+    """
+    if out.dtype == torch.float32:
+        torch.mul(quants, factor, out=out).add_(summand)
+    elif out.device.type == "mps":
+        out.copy_(torch.addcmul(summand, quants, factor))
+    else:
+        torch.addcmul(summand, quants, factor, out=out)
