@@ -21,15 +21,16 @@ class LoadDiffusionModel(io.ComfyNode):
             display_name="Load Diffusion Model (MPS)",
             category=CATEGORY,
             description=(
-                "Loads a diffusion model (Wan and every other model that ComfyUI knows) from GGUF or safetensors. "
-                "GGUF weights stay quantised in memory; LoRAs are applied to them on the fly."
+                "Loads a diffusion model (Wan and every other model that ComfyUI knows) from GGUF or safetensors, also "
+                "fp8, scaled fp8, int8 and MXFP8. Quantised weights stay as they are in the file; LoRAs are applied to "
+                "them on the fly."
             ),
-            search_aliases=["gguf", "unet loader", "wan", "load model", "quantized", "apple", "mac"],
+            search_aliases=["gguf", "fp8", "unet loader", "wan", "load model", "quantized", "apple", "mac"],
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=model_files("diffusion_models"),
-                    tooltip="A .gguf or .safetensors file in models/diffusion_models or models/unet.",
+                    tooltip="A .gguf or .safetensors file (fp8 too) in models/diffusion_models or models/unet.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -65,14 +66,15 @@ class LoadTextEncoder(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads a text encoder: UMT5 and T5 from GGUF, with the tokenizer rebuilt from the file, or any encoder "
-                "that ComfyUI knows from safetensors. The embedding table stays quantised."
+                "that ComfyUI knows from safetensors, also fp8. Quantised weights and the embedding table stay as they "
+                "are in the file."
             ),
-            search_aliases=["clip loader", "gguf", "umt5", "t5", "text encoder", "wan", "apple", "mac"],
+            search_aliases=["clip loader", "gguf", "fp8", "umt5", "t5", "text encoder", "wan", "apple", "mac"],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=model_files("text_encoders"),
-                    tooltip="A .gguf or .safetensors file in models/text_encoders or models/clip.",
+                    tooltip="A .gguf or .safetensors file (fp8 too) in models/text_encoders or models/clip.",
                 ),
                 io.Combo.Input(
                     "type",

@@ -1,9 +1,10 @@
-"""The quantiser as a node: makes a GGUF file beside a model in ComfyUI's folders."""
+"""The quantiser as a node: makes a GGUF file beside a model or text encoder in ComfyUI's folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import io, ui
 
 from .folders import model_files, model_path
@@ -14,6 +15,7 @@ RECIPES = [
     "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
     "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "BF16", "F16",
 ]  # fmt: skip
+NO_LORA = "none"
 
 
 class QuantizeModel(io.ComfyNode):
@@ -24,15 +26,19 @@ class QuantizeModel(io.ComfyNode):
             display_name="Quantize Model to GGUF (MPS)",
             category=CATEGORY,
             description=(
-                "Makes a smaller GGUF file of a Wan model: reads safetensors or GGUF, writes the new file beside it "
-                "and reports size and errors. Runs on the CPU, in little memory."
+                "Makes a smaller GGUF file of a Wan model or a UMT5 text encoder: reads safetensors (also fp8) or "
+                "GGUF, merges a LoRA in if you like, writes the new file beside the old one and reports size and "
+                "errors. Runs on the CPU, in little memory."
             ),
             search_aliases=["gguf", "quantize", "quantise", "convert", "compress", "smaller model"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_files("diffusion_models"),
-                    tooltip="A Wan model in models/diffusion_models: safetensors in fp32, fp16, bf16 or fp8, or GGUF.",
+                    options=sorted({*model_files("diffusion_models"), *model_files("text_encoders")}),
+                    tooltip=(
+                        "A Wan model in models/diffusion_models or a UMT5 encoder in models/text_encoders: safetensors "
+                        "in fp32, fp16, bf16, fp8 or int8, or GGUF."
+                    ),
                 ),
                 io.Combo.Input(
                     "type",
@@ -44,6 +50,24 @@ class QuantizeModel(io.ComfyNode):
                     "overwrite",
                     default=False,
                     tooltip="Make the file again when it is there already; otherwise the node only reports its name.",
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    default=NO_LORA,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A LoRA in models/loras to merge into the weights before they are quantised.",
+                ),
+                io.Float.Input(
+                    "lora_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How strongly the LoRA is merged in.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -58,14 +82,23 @@ class QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name: str, type: str, overwrite: bool = False) -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name: str,
+        type: str,
+        overwrite: bool = False,
+        lora_name: str = NO_LORA,
+        lora_strength: float = 1.0,
+    ) -> io.NodeOutput:
         import comfy.model_management
         import comfy.utils
 
         from ..quantization.quantizer_files import quantize_file
 
-        source = model_path("diffusion_models", model_name)
-        destination = source.with_name(f"{source.stem}-{type}.gguf")
+        source = _source_path(model_name)
+        loras = [] if lora_name == NO_LORA else [(_lora_path(lora_name), lora_strength)]
+        merged = "".join(f"-{path.stem}-{strength:g}" for path, strength in loras)
+        destination = source.with_name(f"{source.stem}{merged}-{type}.gguf")
         file_name = Path(model_name).with_name(destination.name).as_posix()
         if destination.exists() and not overwrite:
             return cls._result(file_name, f"{destination.name} is there already; switch overwrite on to make it again.")
@@ -75,12 +108,30 @@ class QuantizeModel(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(int(1000 * done / total))
 
-        return cls._result(file_name, quantize_file(source, destination, type, progress=progress).text())
+        report = quantize_file(source, destination, type, loras=loras, progress=progress)
+        return cls._result(file_name, report.text())
 
     @classmethod
     def _result(cls, file_name: str, report: str) -> io.NodeOutput:
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(file_name, report, ui=ui.PreviewText(report))
+
+
+def _source_path(name: str) -> Path:
+    """A diffusion model's file or, where none has the name, a text encoder's."""
+    for folder in ("diffusion_models", "text_encoders"):
+        try:
+            return model_path(folder, name)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(f"{name} is not in models/diffusion_models or models/text_encoders: put it there.")
+
+
+def _lora_path(name: str) -> Path:
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise FileNotFoundError(f"{name} is not in models/loras (or its link is broken): put it there.")
+    return Path(path)
 
 
 NODES: list[type[io.ComfyNode]] = [QuantizeModel]

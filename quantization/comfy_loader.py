@@ -26,7 +26,7 @@ from ..mps_patches.comfy_attention import patch_model
 from ..mps_patches.comfy_vae import patch_vae
 from . import t5
 from .comfy_ops import QuantizedOps
-from .comfy_patcher import QuantizedModelPatcher
+from .comfy_patcher import QuantizedCLIP, QuantizedModelPatcher
 from .formats import FORMATS
 from .gguf import GGUFFile
 from .model_files import (
@@ -310,13 +310,7 @@ def _load_gguf_text_encoder(path: Path, kind: Any, embedding_folders: list[str] 
     by_llama_name = _gguf_state_dict(file, torch.float16)
     renamed = ((t5.transformers_name(name), tensor) for name, tensor in by_llama_name.items())
     state_dict = {name: tensor for name, tensor in renamed if name is not None}
-    try:
-        config = t5.encoder_config(state_dict)
-    except KeyError as error:
-        raise ModelFileError(
-            f"{path.name} lacks the encoder weight {error.args[0]}: the file is incomplete, download it again."
-        ) from None
-
+    config = _encoder_config(path, state_dict)
     if kind != comfy.sd.CLIPType.WAN:
         return _quantised_encoder(path, kind, state_dict, embedding_folders, options)
     _require_umt5(path, state_dict, config)
@@ -350,15 +344,19 @@ def _load_own_text_encoder(
                 f"{path.name} is no text encoder that this ComfyUI knows: choose a file made for models/text_encoders."
             )
         return _quantised_encoder(path, kind, state_dict, embedding_folders, options)
+    config = _encoder_config(path, state_dict)
+    _require_umt5(path, state_dict, config)
+    umt5 = _UMT5(config, vocabulary, state_dict[_FINAL_NORM].dtype)
+    return _quantised_encoder(path, kind, state_dict, embedding_folders, options, umt5)
+
+
+def _encoder_config(path: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
     try:
-        config = t5.encoder_config(state_dict)
+        return t5.encoder_config(state_dict)
     except KeyError as error:
         raise ModelFileError(
             f"{path.name} lacks the encoder weight {error.args[0]}: the file is incomplete, download it again."
         ) from None
-    _require_umt5(path, state_dict, config)
-    umt5 = _UMT5(config, vocabulary, state_dict[_FINAL_NORM].dtype)
-    return _quantised_encoder(path, kind, state_dict, embedding_folders, options, umt5)
 
 
 def _require_umt5(path: Path, state_dict: dict[str, torch.Tensor], config: dict[str, int]) -> None:
@@ -411,7 +409,7 @@ def _quantised_encoder(
             f"({few(missing)}): choose the type that belongs to this file."
         )
     clip.patcher = QuantizedModelPatcher.adopt(clip.patcher)
-    return clip
+    return QuantizedCLIP.adopt(clip)
 
 
 def _umt5_clip(

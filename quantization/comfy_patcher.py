@@ -13,6 +13,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.utils
 import torch
 from comfy.weight_adapter import WeightAdapterBase
@@ -185,18 +186,52 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
                 del self.hook_backup[key]
         super().unpatch_hooks(whitelist_keys_set)
 
-    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Core's checkpoint, with quantised weights decoded and patched (files that core writes are dense)."""
-        saved = super().state_dict_for_saving(*args, **kwargs)
-        logging.info("Saving a quantised model: its weights are decoded to %s.", self.model_dtype())
-        keys = {k.removeprefix("diffusion_model."): k for k in self.model.state_dict()}
-        for key, value in saved.items():
-            if isinstance(value, QuantizedWeight):
-                name = key.removeprefix("model.").removeprefix("diffusion_model.")
-                source = keys.get(name)
-                dense = self.patch_weight_to_device(source, return_weight=True) if source else value.dequantize()
-                saved[key] = dense.to("cpu")
+    def decoded_for_saving(self, saved: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+        """A state dict for a file of core's, with quantised weights decoded, patched and on the CPU.
+
+        Args:
+            saved: names as in the model, without ``prefix``; changed in place.
+            prefix: of those names in the model.
+        """
+        quantised = [name for name, value in saved.items() if isinstance(value, QuantizedWeight)]
+        if quantised:
+            logging.info("Saving a quantised model: its weights are decoded to %s.", saved[quantised[0]].dtype)
+        for name in quantised:
+            saved[name] = self.patch_weight_to_device(prefix + name, return_weight=True).to("cpu")
         return saved
+
+    def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
+        """What newer versions of core save: the model or, with ``prefix``, a part of it."""
+        return self.decoded_for_saving(super().model_state_dict_for_saving(model, prefix), prefix)
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Core's checkpoint; older versions of core fill it with the quantised weights themselves."""
+        saved = super().state_dict_for_saving(*args, **kwargs)
+        names = {
+            f"diffusion_model.{key.removeprefix('model.').removeprefix('diffusion_model.')}": key
+            for key, value in saved.items()
+            if isinstance(value, QuantizedWeight)
+        }
+        decoded = self.decoded_for_saving({name: saved[key] for name, key in names.items()})
+        return saved | {names[name]: value for name, value in decoded.items()}
+
+
+class QuantizedCLIP(comfy.sd.CLIP):
+    """Core's CLIP with a QuantizedModelPatcher; what its save nodes write is decoded."""
+
+    @classmethod
+    def adopt(cls, clip: comfy.sd.CLIP) -> QuantizedCLIP:
+        """Take over ``clip``, which must not be used afterwards."""
+        adopted = cls.__new__(cls)
+        adopted.__dict__.update(clip.__dict__)
+        return adopted
+
+    def clone(self, *args: Any, **kwargs: Any) -> QuantizedCLIP:
+        return self.adopt(super().clone(*args, **kwargs))
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """What older versions of core save."""
+        return self.patcher.decoded_for_saving(super().get_sd())
 
 
 def _is_model_patch(function: Any) -> bool:

@@ -6,9 +6,11 @@ memory holds no second copy. The layout is ggml's docs/gguf.md, versions 2 and 3
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,11 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .gguf import GGUFError
 from .gguf_layout import (
@@ -36,6 +43,9 @@ from .gguf_layout import (
 Data: TypeAlias = bytes | bytearray | memoryview | np.ndarray | torch.Tensor
 DataSource: TypeAlias = Data | Callable[[], Iterable[Data]]
 
+_FRAGMENT = ".part"
+_ABANDONED_SECONDS = 60.0
+
 _KIND_IDS = {name: kind for kind, name in KIND_NAMES.items() if kind != ARRAY}
 _KIND_OF_TYPE = {bool: "BOOL", float: "FLOAT32", str: "STRING"}
 _INTEGER_LIMITS = {kind: np.iinfo(kind.lower()) for kind in ("UINT32", "INT32", "UINT64", "INT64")}
@@ -44,18 +54,48 @@ _KIND_OF_DTYPE = {dtype.newbyteorder("="): name for name, dtype in SCALARS.value
 
 @contextmanager
 def written_beside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write, moved to ``path`` when the block ends and removed when it raises."""
+    """A binary file to write, synced and moved to ``path`` when the block ends, removed when it raises.
+
+    A killed process cannot remove what it wrote; the next write to the same name does.
+    """
     path = Path(path)
-    fragment = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    _remove_abandoned(path)
+    fragment = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_FRAGMENT}")
     with open(fragment, "xb") as file:
+        _lock(file)
         try:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
             os.replace(fragment, path)
         except BaseException:
             file.close()
             fragment.unlink(missing_ok=True)
             raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete fragments of ``path`` that no living process has locked and that nobody has just begun."""
+    for fragment in path.parent.glob(f".{glob.escape(path.name)}.????????{_FRAGMENT}"):
+        try:
+            with open(fragment, "rb") as file:
+                old = time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_SECONDS
+                if old and _lock(file):
+                    fragment.unlink()
+        except OSError:
+            continue
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed or the process ends; False where another has it or there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

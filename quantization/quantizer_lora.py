@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .quantizer import QuantizeError
-from .quantizer_sources import SafetensorsTensor, Source, Tensor, native_name, safetensors_header
+from .quantizer_sources import Source, Tensor, native_name, safetensors_tensors
 
 _PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "transformer.", "lora_unet__", "lora_unet_")
 _DIFFUSERS_MARKS = (".attn1.", ".attn2.", ".ffn.net.", "condition_embedder.")
@@ -41,7 +41,7 @@ class LowRank:
 class Difference:
     """Values to add, times ``strength``."""
 
-    tensor: SafetensorsTensor
+    tensor: Tensor
     strength: float
 
     def between(self, start: int, stop: int) -> torch.Tensor:
@@ -96,13 +96,10 @@ def with_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
     return replace(source, tensors=tensors, notes=tuple(notes))
 
 
-def _modules(path: Path) -> dict[str, dict[str, SafetensorsTensor]]:
+def _modules(path: Path) -> dict[str, dict[str, Tensor]]:
     """The factors of each module that a LoRA changes, by the module's name in the file and the factor's."""
-    try:
-        found = safetensors_header(path)
-    except OSError as error:
-        raise QuantizeError(f"{path} cannot be read ({error.strerror}): check the name.") from error
-    modules: dict[str, dict[str, SafetensorsTensor]] = {}
+    found = safetensors_tensors(path, [path])
+    modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in found.items():
         part = next((part for part in _PARTS if key.endswith("." + part)), None)
         if part is None:
@@ -125,7 +122,7 @@ def _target(module: str, tensors: dict[str, Tensor]) -> str | None:
 
 
 def _changes(
-    path: Path, strength: float, tensors: dict[str, Tensor], target: str, parts: dict[str, SafetensorsTensor]
+    path: Path, strength: float, tensors: dict[str, Tensor], target: str, parts: dict[str, Tensor]
 ) -> Iterable[tuple[str, LowRank | Difference]]:
     """The changes of one module, each with the name of the model's tensor."""
     bias = f"{target}.bias"
@@ -141,7 +138,7 @@ def _changes(
         yield weight, _low_rank(path, weight, (down, up), parts.get("alpha"), strength, tensors[weight])
 
 
-def _fitting(path: Path, module: str, change: SafetensorsTensor, target: Tensor) -> SafetensorsTensor:
+def _fitting(path: Path, module: str, change: Tensor, target: Tensor) -> Tensor:
     if prod(change.shape) != prod(target.shape):
         raise _misfit(path, module, target)
     return change
@@ -150,8 +147,8 @@ def _fitting(path: Path, module: str, change: SafetensorsTensor, target: Tensor)
 def _low_rank(
     path: Path,
     module: str,
-    pair: tuple[SafetensorsTensor, SafetensorsTensor],
-    alpha: SafetensorsTensor | None,
+    pair: tuple[Tensor, Tensor],
+    alpha: Tensor | None,
     strength: float,
     target: Tensor,
 ) -> LowRank:

@@ -2,14 +2,13 @@
 
 Pieces are read, not mapped, so that memory stays small whatever the file's size. Names and shapes become those of
 published GGUF files: native Wan names, llama.cpp's for T5 and UMT5 encoders. The diffusers names are facts from
-diffusers' Wan conversion script, the header's layout from safetensors' README.
+diffusers' Wan conversion script.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
@@ -22,29 +21,14 @@ from .formats import FORMATS, dequantize
 from .gguf import GGUFError, GGUFFile
 from .gguf_layout import STORED_TYPES_BY_NAME
 from .quantizer import QuantizeError
+from .safetensors_file import DTYPES, SafetensorsError, SafetensorsShards
+from .scaled_formats import ScaledFormat, Scales, dequantize_scaled, matrix_shape
+from .scaled_layouts import ScaledLayer, layer_scales, model_names, scaled_layers
 from .t5 import transformers_name
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
-_FP8 = ("F8_E4M3", "F8_E5M2")
-_SCALE_NAMES = ("scale_weight", "weight_scale")
-_SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
-_QUANT_SUFFIX = ".comfy_quant"
-_QUANT_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
-_QUANT_SETTINGS = {"format", "full_precision_matrix_mult"}
-_MARKERS = ("scaled_fp8", "spiece_model")
+_DENSE_TYPES = ("F64", "F32", "F16", "BF16")
+_VOCABULARY = "spiece_model"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_MAX_HEADER = 100 << 20
 
 _DIFFUSERS_MARK = "condition_embedder."
 _DIFFUSERS_NAMES = (
@@ -100,27 +84,43 @@ class Tensor(Protocol):
 
 
 @dataclass(frozen=True)
-class SafetensorsTensor:
-    """A tensor of a safetensors file; ``scale`` (one, or one for each row) is multiplied in, as fp8 files need."""
+class DenseTensor:
+    """A tensor of a safetensors file."""
 
     path: Path
     shape: tuple[int, ...]
     type_name: str
     offset: int
-    scale: torch.Tensor | None = None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """The weights from position ``start`` up to ``stop``, flat."""
-        dtype = SAFETENSORS_DTYPES[self.type_name]
-        found = _read(self.path, self.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize).view(dtype)
-        if self.type_name in _FP8:
-            found = found.to(torch.float32)
-        if self.scale is None:
-            return found
-        if self.scale.numel() == 1:
-            return found.float() * self.scale
-        rows = torch.arange(start, stop) // (prod(self.shape) // self.scale.numel())
-        return found.float() * self.scale[rows]
+        dtype = DTYPES[self.type_name]
+        return _read(self.path, self.offset + start * dtype.itemsize, (stop - start) * dtype.itemsize).view(dtype)
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """A one-byte weight (fp8, int8, MXFP8) of a safetensors file, with its scales."""
+
+    path: Path
+    shape: tuple[int, ...]
+    format: ScaledFormat
+    offset: int
+    scales: Scales | None
+
+    @property
+    def type_name(self) -> str:
+        """The format's name."""
+        return self.format.name
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """The weights from position ``start`` up to ``stop``, flat, float32; whole rows are read and decoded."""
+        rows, columns = matrix_shape(self.shape if len(self.shape) > 1 else (1, prod(self.shape)))
+        first, last = start // columns, min(-(-stop // columns), rows)
+        data = _read(self.path, self.offset + first * columns, (last - first) * columns)
+        scales = None if self.scales is None else self.scales.cut(first, last)
+        dense = dequantize_scaled(data, self.format, (last - first, columns), scales)
+        return dense.view(-1)[start - first * columns : stop - first * columns]
 
 
 @dataclass(frozen=True)
@@ -284,51 +284,37 @@ def _gguf_source(path: Path) -> Source:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], Tensor | None]:
-    """All tensors of a model with fp8 scales put in their place, and its vocabulary if the file has one."""
-    found: dict[str, SafetensorsTensor] = {}
-    for file in _shards(path):
-        found.update(safetensors_header(file))
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        if name.endswith(_QUANT_SUFFIX):
-            _check_quant(path, name, tensor)
-        if name in _MARKERS or name.endswith((*_SCALE_SUFFIXES, _QUANT_SUFFIX)):
-            continue
-        module = name.removesuffix("weight")
-        scales = [found[module + scale] for scale in _SCALE_NAMES if module + scale in found]
-        if name.endswith(".weight") and scales:
-            tensor = _scaled(path, name, tensor, scales[0])
-        elif tensor.type_name not in ("F64", "F32", "F16", "BF16", *_FP8):
+    """All tensors of a model, one-byte weights with their scales, and its vocabulary if the file has one."""
+    tensors = safetensors_tensors(path, _shards(path))
+    vocabulary = tensors.pop(_VOCABULARY, None)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DenseTensor) and tensor.type_name not in _DENSE_TYPES:
             raise QuantizeError(
                 f"{path.name} holds {name} as {tensor.type_name}, which cannot be quantised: "
                 "choose the fp32, fp16, bf16 or fp8 file."
             )
-        tensors[name] = tensor
-    return tensors, found.get("spiece_model")
+    return tensors, vocabulary
 
 
-def _check_quant(path: Path, name: str, tensor: SafetensorsTensor) -> None:
-    """Refuse what ComfyUI's ``comfy_quant`` says of a weight, unless it is one scale times fp8 or int8."""
+def safetensors_tensors(path: Path, files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors of a model in one or several safetensors files; ``path`` is its name in messages.
+
+    Raises:
+        QuantizeError: a file is missing or damaged, or weights are stored in a way that cannot be decoded.
+    """
     try:
-        settings = json.loads(tensor.read(0, prod(tensor.shape)).numpy().tobytes())
-        usable = settings["format"] in _QUANT_FORMATS and settings.keys() <= _QUANT_SETTINGS
-    except (ValueError, KeyError, TypeError, AttributeError):
-        usable = False
-    if not usable:
-        raise QuantizeError(
-            f"{path.name} stores {name.removesuffix(_QUANT_SUFFIX)} in a way that cannot be read here (comfy_quant): "
-            "choose the bf16, fp16 or fp8 file."
-        )
+        model = SafetensorsShards(path, files)
+        layers = scaled_layers(model)
+        return {name: _tensor(model, name, layers.get(name)) for name in model_names(model, layers)}
+    except SafetensorsError as error:
+        raise QuantizeError(str(error)) from None
 
 
-def _scaled(path: Path, name: str, tensor: SafetensorsTensor, scale: SafetensorsTensor) -> SafetensorsTensor:
-    values = scale.read(0, prod(scale.shape)).float()
-    if tensor.type_name not in (*_FP8, "I8") or values.numel() not in (1, tensor.shape[0]):
-        raise QuantizeError(
-            f"{path.name} scales {name} ({tensor.type_name}) in blocks of {list(scale.shape)}: "
-            "choose the bf16, fp16 or fp8 file with one scale for each tensor or row."
-        )
-    return SafetensorsTensor(tensor.path, tensor.shape, tensor.type_name, tensor.offset, values)
+def _tensor(model: SafetensorsShards, name: str, layer: ScaledLayer | None) -> Tensor:
+    info = model.tensors[name]
+    if layer is None:
+        return DenseTensor(model.file_of(name), info.shape, info.type_name, info.offset)
+    return ScaledTensor(model.file_of(name), info.shape, layer.format, info.offset, layer_scales(model, layer))
 
 
 def _shards(path: Path) -> list[Path]:
@@ -353,25 +339,3 @@ def _shards(path: Path) -> list[Path]:
     if missing:
         raise QuantizeError(f"{missing}, which {path.name} names, is missing beside it: download all shards.")
     return files
-
-
-def safetensors_header(path: Path) -> dict[str, SafetensorsTensor]:
-    """Every tensor of one safetensors file. Raises QuantizeError for a damaged one, OSError for an unreadable one."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise QuantizeError(f"{path.name} is no safetensors file or is damaged: download it again.")
-        text = file.read(length)
-    try:
-        rows = {name: row for name, row in json.loads(text).items() if name != "__metadata__"}
-        tensors = {
-            name: SafetensorsTensor(path, tuple(row["shape"]), row["dtype"], 8 + length + row["data_offsets"][0])
-            for name, row in rows.items()
-        }
-        ends = [row["data_offsets"][1] for row in rows.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise QuantizeError(f"{path.name} is damaged (its header cannot be read): download it again.") from error
-    if max(ends, default=0) + 8 + length > size:
-        raise QuantizeError(f"{path.name} ends too early: the download is not complete, download it again.")
-    return tensors

@@ -63,19 +63,22 @@ def _decoded(model: bytes) -> tuple[list[bytes], list[float], list[int], dict[in
     scores: list[float] = []
     kinds: list[int] = []
     parts: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
-    for number, value in _fields(model):
+    for number, value in protobuf_fields(model):
         if number == _PIECES:
-            piece = dict(_fields(value))
+            piece = dict(protobuf_fields(value))
             tokens.append(piece[1])
             scores.append(float(np.frombuffer(piece.get(2, b"\0\0\0\0"), "<f4")[0]))
             kinds.append(piece.get(3, _NORMAL))
         elif number in parts:
-            parts[number] = dict(_fields(value))
+            parts[number] = dict(protobuf_fields(value))
     return tokens, scores, kinds, parts[_TRAINER], parts[_NORMALIZER]
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: varints as int, everything else as bytes."""
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: varints as int, everything else as bytes.
+
+    Raises ValueError, IndexError or KeyError for a damaged one.
+    """
     position = 0
     while position < len(message):
         key, position = _varint(message, position)

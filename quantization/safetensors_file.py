@@ -11,6 +11,7 @@ import mmap
 import os
 import stat
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -171,6 +172,33 @@ class SafetensorsFile:
         if end - begin != nbytes or len(shape) > MAX_DIMS:
             raise self._refuse(f"gives tensor {_shown(name)} a shape that its data does not have: {_DAMAGED}")
         return TensorInfo(name, type_name, tuple(shape), data + begin, nbytes)
+
+
+class SafetensorsShards:
+    """Safetensors files that hold one model together (or a single one), read like a SafetensorsFile.
+
+    ``path`` is the model's name in messages. A tensor that two files hold is the later file's. Raises
+    SafetensorsError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: Iterable[str | os.PathLike[str]]) -> None:
+        self.path = Path(path)
+        opened = [SafetensorsFile(file) for file in files]
+        self._files = {name: file for file in opened for name in file.tensors}
+        self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+        self.metadata = {key: value for file in opened for key, value in file.metadata.items()}
+
+    def file_of(self, name: str) -> Path:
+        """The file in which a tensor lies."""
+        return self._files[name].path
+
+    def raw(self, name: str) -> torch.Tensor:
+        """As SafetensorsFile.raw."""
+        return self._files[name].raw(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """As SafetensorsFile.tensor."""
+        return self._files[name].tensor(name)
 
 
 def _counts(values: Any) -> TypeGuard[list[int]]:

@@ -8,14 +8,21 @@ as ``_quantization_metadata`` in the header. Facts from ComfyUI's QUANTIZATION.m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
-from .safetensors_file import DTYPES, SafetensorsError, SafetensorsFile, TensorInfo, UnsupportedFormatError
+from .safetensors_file import (
+    DTYPES,
+    SafetensorsError,
+    SafetensorsFile,
+    SafetensorsShards,
+    TensorInfo,
+    UnsupportedFormatError,
+)
 from .scaled_formats import (
     MX_BLOCK,
     SCALED_FORMATS,
@@ -50,6 +57,8 @@ _CORE_READS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "mxfp8": "F
 FP8_NAMES = ("F8_E4M3", "F8_E5M2")
 PLAIN = ""  # core's way for fp8 without scales
 
+Reader = SafetensorsFile | SafetensorsShards
+
 
 @dataclass(frozen=True)
 class ScaledLayer:
@@ -71,7 +80,7 @@ class ScaledLayer:
     core_format: str | None
 
 
-def scaled_layers(file: SafetensorsFile) -> dict[str, ScaledLayer]:
+def scaled_layers(file: Reader) -> dict[str, ScaledLayer]:
     """The one-byte weights of a file by name; empty for a dense file.
 
     Raises SafetensorsError for a configuration that cannot be read, UnsupportedFormatError for one without a decoder.
@@ -93,11 +102,11 @@ def scaled_layers(file: SafetensorsFile) -> dict[str, ScaledLayer]:
     return layers
 
 
-def _scale_name(file: SafetensorsFile, layer: str) -> str | None:
+def _scale_name(file: Reader, layer: str) -> str | None:
     return next((f"{layer}.{name}" for name in SCALE_NAMES if f"{layer}.{name}" in file.tensors), None)
 
 
-def _configurations(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
+def _configurations(file: Reader) -> dict[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     try:
         if HEADER_KEY in file.metadata:
@@ -116,7 +125,7 @@ def _configurations(file: SafetensorsFile) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _format(file: SafetensorsFile, info: TensorInfo, configuration: dict[str, Any]) -> ScaledFormat | None:
+def _format(file: Reader, info: TensorInfo, configuration: dict[str, Any]) -> ScaledFormat | None:
     """How the bytes are read; None for a weight that is stored dense although a format is configured."""
     configured = configuration.get("format")
     if configured is not None:
@@ -133,9 +142,7 @@ def _format(file: SafetensorsFile, info: TensorInfo, configuration: dict[str, An
     return SCALED_FORMATS.get(info.type_name)
 
 
-def _core_format(
-    file: SafetensorsFile, info: TensorInfo, scale: str | None, configuration: dict[str, Any]
-) -> str | None:
+def _core_format(file: Reader, info: TensorInfo, scale: str | None, configuration: dict[str, Any]) -> str | None:
     if scale is None:
         return PLAIN if not configuration else None
     configured = configuration.get("format")
@@ -148,7 +155,7 @@ def _core_format(
     return configured if info.type_name == expected and (one_or_rows or configured == "mxfp8") else None
 
 
-def _has_marker(file: SafetensorsFile) -> bool:
+def _has_marker(file: Reader) -> bool:
     return any(name.rpartition(".")[2] == MARKER for name in file.tensors)
 
 
@@ -157,42 +164,45 @@ def core_formats(layers: Iterable[ScaledLayer]) -> set[str | None]:
     return {layer.core_format for layer in layers}
 
 
-def scaled_state_dict(
-    file: SafetensorsFile, layers: dict[str, ScaledLayer], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def scaled_state_dict(file: Reader, layers: dict[str, ScaledLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All tensors of a file that a model wants, without a copy of any large one.
 
     One-byte matrices become QuantizedWeights that report ``dtype``; the few one-byte tensors of other ranks (norms,
     biases, convolutions) are decoded to float32, dense ones come as they are. Raises SafetensorsError for scales that
     do not fit.
     """
-    state_dict = {}
+    return {
+        name: _weight(file, layers[name], dtype) if name in layers else file.tensor(name)
+        for name in model_names(file, layers)
+    }
+
+
+def model_names(file: Reader, layers: dict[str, ScaledLayer]) -> Iterator[str]:
+    """The tensors that a model wants: all but scales and what describes the quantisation."""
     for name in file.tensors:
         layer, _, last = name.rpartition(".")
         if last in (*IGNORED_NAMES, MARKER, CONFIGURATION) or (last in SCALE_NAMES and f"{layer}.weight" in layers):
             continue
-        if name in layers:
-            state_dict[name] = _weight(file, layers[name], dtype)
-        else:
-            state_dict[name] = file.tensor(name)
-    return state_dict
+        yield name
 
 
-def _weight(file: SafetensorsFile, layer: ScaledLayer, dtype: torch.dtype) -> torch.Tensor:
+def _weight(file: Reader, layer: ScaledLayer, dtype: torch.dtype) -> torch.Tensor:
     info = layer.info
-    scales = None if layer.scale is None else _scales(file, layer)
-    if layer.scale is None and info.type_name not in FP8_NAMES:
-        raise SafetensorsError(
-            f"{file.path.name} lacks the scales of {info.name}: the file is incomplete, download it again."
-        )
+    scales = layer_scales(file, layer)
     if len(info.shape) == 2:
         return QuantizedWeight(file.raw(info.name), layer.format, info.shape, dtype, scales=scales)
     shape = info.shape if len(info.shape) > 1 else (1, prod(info.shape))
     return dequantize_scaled(file.raw(info.name), layer.format, shape, scales).view(info.shape)
 
 
-def _scales(file: SafetensorsFile, layer: ScaledLayer) -> Scales:
-    assert layer.scale is not None
+def layer_scales(file: Reader, layer: ScaledLayer) -> Scales | None:
+    """The factors of a weight, None for plain fp8. Raises SafetensorsError if they are missing or do not fit."""
+    if layer.scale is None:
+        if layer.info.type_name in FP8_NAMES:
+            return None
+        raise SafetensorsError(
+            f"{file.path.name} lacks the scales of {layer.info.name}: the file is incomplete, download it again."
+        )
     info, stored = layer.info, file.tensors[layer.scale]
     codes = DTYPES[stored.type_name] == torch.uint8
     configured = layer.configuration.get("format")

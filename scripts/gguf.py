@@ -39,6 +39,7 @@ from apple_silicon_video.quantization.recipes import RECIPES  # noqa: E402
 SHOWN_ITEMS = 8
 SHOWN_CHARACTERS = 100
 CHUNK_WEIGHTS = 4 << 20
+SECONDS_BEFORE_ESTIMATE, PART_BEFORE_ESTIMATE = 5.0, 0.001  # before that the first pieces' time misleads
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -173,8 +174,11 @@ class _Progress:
         if part < 1 and part - self._shown < (0.001 if terminal else 0.1):
             return
         self._shown = part
-        left = (time.monotonic() - self._begin) * (1 - part) / part if part else 0.0
-        line = f"{100 * part:5.1f} %  {left // 60:.0f} min {left % 60:02.0f} s left  {_printable(name)}"
+        spent = time.monotonic() - self._begin
+        left = spent * (1 - part) / part if part else 0.0
+        known = part == 1 or (spent > SECONDS_BEFORE_ESTIMATE and part > PART_BEFORE_ESTIMATE)
+        estimate = f"{left // 60:3.0f} min {left % 60:02.0f} s left" if known else " " * len("  0 min 00 s left")
+        line = f"{100 * part:5.1f} %  {estimate}  {_printable(name)}"
         print(
             f"\r{line:<79}" if terminal else line,
             end="" if terminal and part < 1 else "\n",

@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import sentencepiece
+from apple_silicon_video.quantization.quantizer_vocabulary import protobuf_fields
 
 
 @dataclass(frozen=True)
@@ -159,31 +159,5 @@ def synthetic_vocabulary(pieces: int, rows: int, kind: VocabularyKind = UMT5) ->
 
 def _normalizer(proto: bytes) -> tuple[bytes, bool, bool]:
     """Character map, dummy prefix and whitespace removal from the ModelProto's normalizer_spec (its field 3)."""
-    spec = dict(_fields(dict(_fields(proto))[3]))
+    spec = dict(protobuf_fields(dict(protobuf_fields(proto))[3]))
     return bytes(spec.get(2, b"")), bool(spec.get(3, 1)), bool(spec.get(4, 1))
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: varints as int, everything else as bytes."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        wire = key & 7
-        if wire == 0:
-            value, position = _varint(message, position)
-            yield key >> 3, value
-            continue
-        length, position = _varint(message, position) if wire == 2 else ({1: 8, 5: 4}[wire], position)
-        yield key >> 3, message[position : position + length]
-        position += length
-
-
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position += 1
-        shift += 7
-        if byte < 0x80:
-            return value, position

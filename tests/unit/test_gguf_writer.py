@@ -1,6 +1,9 @@
 """What GGUFWriter writes, and that gguf-py and the pack read each other's files alike."""
 
+import os
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import gguf
@@ -314,3 +317,28 @@ def test_header_layout(tmp_path):
     expected += struct.pack("<Q", 1) + b"t" + struct.pack("<IQQIQ", 2, 3, 2, 24, 0)
     expected += bytes(-len(expected) % 32) + bytes(range(6)).ljust(32, b"\0")
     assert writer.write().read_bytes() == expected
+
+
+def test_fragments_of_killed_writers_are_removed(tmp_path):
+    """The next write to the same name removes them; those of living writers, new ones and other files' stay."""
+    path = tmp_path / "m[1].gguf"
+    names = [f".m[1].gguf.{number:08x}.part" for number in range(3)]
+    others = [".n.gguf.00000000.part", ".m[1].gguf.0.part", "m[1].gguf.00000000.part", ".m1.gguf.00000000.part"]
+    for name in names + others:
+        (tmp_path / name).write_bytes(b"left behind")
+        if name != names[1]:
+            os.utime(tmp_path / name, (0, 0))
+    script = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    command = [sys.executable, "-c", script, str(tmp_path / names[2])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+        living.stdout.readline()
+        with written_beside(path) as file:
+            file.write(b"whole")
+            (fragment,) = {entry.name for entry in tmp_path.iterdir()} - {*names, *others}
+            os.utime(tmp_path / fragment, (0, 0))
+            with written_beside(path) as second:
+                second.write(b"second")
+            assert (tmp_path / fragment).exists()
+        living.communicate("\n")
+    assert path.read_bytes() == b"whole"
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, names[1], names[2], *others}

@@ -24,12 +24,16 @@ from apple_silicon_video.quantization.tokenizer import sentencepiece_model
 from safetensors.torch import load_file, save_file
 from small_models import (
     ENCODERS,
+    SCALED_LAYOUTS,
     encoder_tokenizer,
     encoder_types,
     encoder_weights,
+    scaled_model,
     transformers_name,
     wan_weights,
     write_encoder_reference,
+    write_safetensors,
+    write_scaled,
     write_wan_reference,
 )
 
@@ -187,43 +191,55 @@ def test_half_precision_sources(dtype, dense, tmp_path):
     assert difference(found[Q + ".weight"], half[Q + ".weight"].float()) < 0.01
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
-def test_scaled_fp8_source(per_row, scale_name, dense, tmp_path):
-    tensors = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
-    expected = {}
-    for name, tensor in dense.items():
-        if tensor.ndim != 2:
-            tensors[name] = tensor
-            continue
-        largest = tensor.abs().amax(dim=1, keepdim=True) if per_row else tensor.abs().max()
-        scale = largest / 448
-        tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        tensors[name.removesuffix("weight") + scale_name] = scale
-        expected[name] = tensors[name].float() * scale
-    save_file(tensors, tmp_path / "fp8.safetensors")
-    found = decoded(quantize_file(tmp_path / "fp8.safetensors", tmp_path / "out.gguf", "F32").path)
-    assert found.keys() == dense.keys()
-    for name, tensor in expected.items():
+@pytest.mark.parametrize("layout", SCALED_LAYOUTS)
+def test_scaled_sources(layout, dense, tmp_path):
+    """fp8, int8 and MXFP8 in every layout are decoded exactly, also where shards part weights and scales."""
+    model = scaled_model(dense, SCALED_LAYOUTS[layout], prefix="model.diffusion_model.")
+    write_scaled(tmp_path / "scaled.safetensors", model)
+    found = decoded(quantize_file(tmp_path / "scaled.safetensors", tmp_path / "out.gguf", "F32").path)
+    assert found.keys() == model.decoded.keys() == dense.keys()
+    for name, tensor in model.decoded.items():
         assert torch.equal(found[name], tensor), name
+    weights = {name for name in model.tensors if name.endswith(".weight")}
+    index = {name: f"{'a' if name in weights else 'b'}.safetensors" for name in model.tensors}
+    for file in ("a.safetensors", "b.safetensors"):
+        part = {name: model.tensors[name] for name in index if index[name] == file}
+        write_safetensors(tmp_path / file, part, model.metadata if file == "b.safetensors" else None)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    whole = (tmp_path / "out.gguf").read_bytes()
+    assert quantize_file(tmp_path / "m.safetensors.index.json", tmp_path / "o.gguf", "F32").path.read_bytes() == whole
+
+
+def test_pieces_of_scaled_tensors_begin_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("apple_silicon_video.quantization.quantizer.PIECE", 3 * 256)
+    dense = {f"{Q}.weight": torch.randn(300, 320), "blocks.0.self_attn.k.bias": torch.randn(999)}
+    dense["head.modulation"] = torch.ones(1, 2, 256)
+    model = scaled_model(dense, SCALED_LAYOUTS["weight-scale-row"])
+    write_scaled(tmp_path / "scaled.safetensors", model)
+    found = decoded(quantize_file(tmp_path / "scaled.safetensors", tmp_path / "out.gguf", "F32").path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.decoded.items())
 
 
 @pytest.mark.parametrize(
-    ("settings", "fits"),
-    [({"format": "float8_e4m3fn"}, True), ({"format": "mxfp8"}, False), ({"format": "int8_tensorwise", "x": 1}, False)],
+    ("about", "scale", "problem"),
+    [
+        ({"format": "mxfp8"}, torch.ones(4), "scales of shape"),
+        ({"format": "nvfp4"}, torch.tensor(1.0), "quantised to nvfp4"),
+        ({"format": "int8_tensorwise", "convrot": True}, torch.tensor(1.0), "rotation"),
+        ({"format": "float8_e4m3fn"}, torch.ones(3, 7), "do not fit"),
+        (["float8_e4m3fn"], torch.tensor(1.0), "cannot be read"),
+    ],
 )
-def test_comfy_quant_source(settings, fits, dense, tmp_path):
-    weight = dense[f"{Q}.weight"].to(torch.float8_e4m3fn)
-    about = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
-    scale = torch.tensor(0.5)
-    tensors = {f"{Q}.weight": weight, f"{Q}.weight_scale": scale, f"{Q}.comfy_quant": about}
+def test_scaled_sources_that_are_refused(about, scale, problem, dense, tmp_path):
+    tensors = {
+        f"{Q}.weight": dense[f"{Q}.weight"].to(torch.float8_e4m3fn),
+        f"{Q}.weight_scale": scale,
+        f"{Q}.comfy_quant": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8),
+    }
     save_file({**dense, **tensors}, tmp_path / "quant.safetensors")
-    if not fits:
-        with pytest.raises(QuantizeError, match="comfy_quant"):
-            quantize_file(tmp_path / "quant.safetensors", tmp_path / "out.gguf", "F32")
-        return
-    found = decoded(quantize_file(tmp_path / "quant.safetensors", tmp_path / "out.gguf", "F32").path)
-    assert torch.equal(found[f"{Q}.weight"], weight.float() * 0.5)
+    with pytest.raises(QuantizeError, match=problem) as caught:
+        quantize_file(tmp_path / "quant.safetensors", tmp_path / "out.gguf", "F32")
+    assert str(caught.value).startswith("quant.safetensors") and "\n" not in str(caught.value)
 
 
 def test_umt5_with_its_vocabulary(tmp_path):
@@ -352,9 +368,9 @@ def bad_weight(path, dense):
 REFUSALS = {
     "nan": (bad_weight, r"'blocks\.1\.ffn\.2\.weight' holds infinite or undefined"),
     "other model": (lambda path, dense: save_file({"a.weight": torch.ones(2, 2)}, path), "is no Wan model"),
-    "cut": (lambda path, dense: (save_file(dense, path), os.truncate(path, 1_000_000)), "ends too early"),
-    "text": (lambda path, dense: path.write_text("<html>nothing here</html>"), "no safetensors file"),
-    "missing": (lambda path, dense: None, "cannot be read"),
+    "cut": (lambda path, dense: (save_file(dense, path), os.truncate(path, 1_000_000)), "the file is incomplete"),
+    "text": (lambda path, dense: path.write_text("<html>nothing here</html>"), "does not begin as a safetensors"),
+    "missing": (lambda path, dense: None, "is missing"),
 }
 
 

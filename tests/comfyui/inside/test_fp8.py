@@ -255,7 +255,7 @@ def peak_above_start(work):
     return result, max([*levels, process.memory_info().rss]) - before
 
 
-@pytest.mark.parametrize("matrices", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("matrices", ["F8_E4M3", "F8_E5M2", "F16", "BF16"])
 def test_14b_stands_with_less_than_its_largest_tensor_and_200_mb(matrices, tmp_path):
     write_wan(tmp_path, "marker")
     comfy_loader.load_diffusion_model(tmp_path / "marker.safetensors", own_loader=True)

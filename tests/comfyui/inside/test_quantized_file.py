@@ -11,10 +11,13 @@ from apple_silicon_video.quantization import comfy_loader
 from apple_silicon_video.quantization.quantizer_files import quantize_file
 from apple_silicon_video.quantization.tensor import QuantizedWeight
 from small_models import (
+    ENCODERS,
     KEY_STYLES,
+    encoder_weights,
     published_lora,
     wan_lora,
     wan_weights,
+    write_encoder_reference,
     write_safetensors,
     write_wan_reference,
 )
@@ -77,6 +80,28 @@ def test_node_writes_beside_the_model_and_reports(dense):
     assert written.stat().st_mtime_ns != before
 
 
+def test_node_merges_a_lora(dense, model_folders, tmp_path):
+    file = write_safetensors(model_folders["loras"] / "style.safetensors", wan_lora(VARIANT, "lora"))
+    name, _ = run_node(model_name="wan.safetensors", type="Q4_0", lora_name="style.safetensors", lora_strength=0.5)
+    assert name == "wan-style-0.5-Q4_0.gguf"
+    expected = quantize_file(dense, tmp_path / "expected.gguf", "Q4_0", loras=[(file, 0.5)]).path
+    assert dense.with_name(name).read_bytes() == expected.read_bytes()
+    with pytest.raises(FileNotFoundError, match="is not in models/loras"):
+        run_node(model_name="wan.safetensors", type="Q8_0", lora_name="gone.safetensors")
+    with pytest.raises(FileNotFoundError, match="is not in models/diffusion_models or models/text_encoders"):
+        run_node(model_name="gone.safetensors", type="Q8_0")
+
+
+def test_node_quantises_text_encoders(model_folders):
+    shape = ENCODERS["umt5"]
+    source = model_folders["text_encoders"] / "umt5.safetensors"
+    write_encoder_reference(source, shape, encoder_weights(shape, "F16"), torch.float16)
+    name, report = run_node(model_name="umt5.safetensors", type="Q8_0")
+    assert name == "umt5-Q8_0.gguf" and "bits per weight" in report
+    clip = comfy_loader.load_text_encoder(source.with_name(name), "wan")
+    assert isinstance(clip.cond_stage_model.umt5xxl.transformer.shared.weight, QuantizedWeight)
+
+
 def test_cancelling_leaves_nothing(dense):
     comfy.model_management.interrupt_current_processing(True)
     try:
@@ -101,6 +126,7 @@ def test_schema_offers_every_type(dense):
     assert schema.node_id == "MPSQuantizeModel"
     inputs = {entry.id: entry for entry in schema.inputs}
     assert inputs["model_name"].options == ["wan.safetensors"]
+    assert inputs["lora_name"].options == ["none"]
     assert inputs["type"].options == RECIPES and inputs["type"].default in RECIPES
     assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs))
 

@@ -12,6 +12,8 @@ import torch
 from apple_silicon_video.quantization import comfy_loader, tensor
 from apple_silicon_video.quantization.comfy_patcher import QuantizedModelPatcher
 from apple_silicon_video.quantization.tensor import QuantizedWeight
+from comfy_extras import nodes_model_merging
+from safetensors.torch import load_file
 from small_models import (
     ENCODERS,
     encoder_config,
@@ -110,3 +112,30 @@ def test_unload_and_reload(tmp_path):
     first = encode(ours, PROMPTS[0])
     comfy.model_management.unload_all_models()
     assert torch.equal(encode(ours, PROMPTS[0]), first)
+
+
+def saved_by_core(clip, folder, monkeypatch):
+    """What core's CLIPSave node writes for a CLIP: the encoder, and what lies beside it, in a file each."""
+    folder.mkdir()
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(folder))
+    nodes_model_merging.CLIPSave().save(clip, "encoder")
+    paths = sorted(folder.iterdir())
+    return [path.name for path in paths], {k: v for path in paths for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_core_saves_decoded_weights(with_lora, tmp_path, monkeypatch):
+    """CLIPSave writes what the decoded encoder's would be, LoRA included, also from a copy of the CLIP."""
+    ours, core = load_pair(tmp_path)
+    if with_lora:
+        lora = encoder_lora(ENCODERS["umt5"])
+        ours, core = (comfy.sd.load_lora_for_models(None, clip, lora, 0, 0.8)[1] for clip in (ours, core))
+    before = encode(ours, PROMPTS[0])
+    names, found = saved_by_core(ours.clone(), tmp_path / "ours", monkeypatch)
+    expected_names, expected = saved_by_core(core, tmp_path / "core", monkeypatch)
+    assert names == expected_names
+    assert found.keys() == expected.keys()
+    assert found.pop("spiece_model").numel() and expected.pop("spiece_model").numel()  # rebuilt, and the original
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].float(), value.float(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(encode(ours, PROMPTS[0]), before)
