@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from . import doctor, loaders, long_runs, memory, patches, prompts, quantize, video
+from . import doctor, loaders, long_runs, memory, patches, prompts, quantize, reduce_memory, video
 from .folders import register_gguf_folders
 
 NODES: list[type[io.ComfyNode]] = [
@@ -14,6 +14,7 @@ NODES: list[type[io.ComfyNode]] = [
     *video.NODES,
     *memory.NODES,
     *long_runs.NODES,
+    *reduce_memory.NODES,
     *patches.NODES,
     *doctor.NODES,
     *quantize.NODES,

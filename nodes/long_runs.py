@@ -48,6 +48,46 @@ class CheckpointSampling(io.ComfyNode):
         return io.NodeOutput(with_checkpoints(model, default_store(), identity, every, show_at_running_node))
 
 
+class MemoryGovernor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MPSMemoryGovernor",
+            display_name="Memory Governor (MPS)",
+            category=CATEGORY,
+            description=(
+                "Watches the GPU's memory and swap while sampling and acts before the Mac begins to swap: trims the "
+                "allocator's cache, makes chunks smaller, and at last stops with the steps saved. Queue again to go on."
+            ),
+            search_aliases=["memory limit", "swap", "out of memory", "oom", "guard", "watchdog"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with."),
+                io.Combo.Input(
+                    "setting",
+                    options=["off", "careful", "strict"],
+                    default="careful",
+                    tooltip=(
+                        "careful stops only when swap has grown by a quarter of the memory; strict keeps the run "
+                        "inside the recommended working set; off passes the model through."
+                    ),
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            outputs=[io.Model.Output(tooltip="The model, for samplers.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, setting: str) -> io.NodeOutput:
+        from ..memory.comfy_checkpoints import default_store, with_checkpoints
+        from ..memory.comfy_governor import govern
+        from ..memory.comfy_server import show_at_running_node
+
+        if setting != "off":
+            identity = ancestors(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
+            model = with_checkpoints(model, default_store(), identity, 1, show_at_running_node)
+        return io.NodeOutput(govern(model, setting))
+
+
 def ancestors(prompt: dict[str, Any], node: str) -> dict[str, Any]:
     """Class and inputs of a node and of everything that it is made from, by node id."""
     found: dict[str, Any] = {}
@@ -62,4 +102,4 @@ def ancestors(prompt: dict[str, Any], node: str) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-NODES: list[type[io.ComfyNode]] = [CheckpointSampling]
+NODES: list[type[io.ComfyNode]] = [CheckpointSampling, MemoryGovernor]

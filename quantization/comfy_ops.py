@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 
+from . import metal_matmul
 from .tensor import PLAIN_FORMATS, QuantizedWeight
 
 
@@ -129,8 +130,13 @@ class QuantizedOps(comfy.ops.manual_cast):
 
         def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            weight = self.decoded_weight(input.dtype, input.device)
-            return torch.nn.functional.linear(input, weight, self.decoded_bias(input.dtype, input.device))
+            bias = self.decoded_bias(input.dtype, input.device)
+            weight = self.weight
+            if input.device.type == "mps" and isinstance(weight, QuantizedWeight) and not self.weight_function:
+                product = metal_matmul.linear(input, weight, bias)
+                if product is not None:
+                    return product
+            return torch.nn.functional.linear(input, self.decoded_weight(input.dtype, input.device), bias)
 
     class Embedding(_QuantizedLayer, comfy.ops.manual_cast.Embedding):
         def __init__(

@@ -65,11 +65,25 @@ METAL_FORMATS: dict[str, MetalFormat] = {
 }
 
 SCALED_FILES: dict[str, tuple[str, ...]] = {
-    "F8_E4M3": ("scaled", "f8_e4m3"),
-    "F8_E5M2": ("scaled", "f8_e5m2"),
-    "I8": ("scaled", "i8"),
+    "F8_E4M3": ("f8_e4m3",),
+    "F8_E5M2": ("f8_e5m2",),
+    "I8": ("i8",),
 }
 """Files of the one-byte formats, which metal_scaled.py launches."""
+
+SHARED_FILES = {"blocks": ("blocks", "dequantize"), "scaled": ("blocks", "scaled", "dequantize_scaled")}
+"""Files before those of a format, by whether it is one of blocks or a one-byte one."""
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What the log says of kernels: how the ones in use compare with the reference, and what is done without them."""
+
+    agrees: str
+    instead: str
+
+
+DECODING = Purpose("equal to the reference", "torch decodes them instead, more slowly")
 
 _lock = threading.Lock()
 _libraries: dict[str, Any] = {}
@@ -85,8 +99,13 @@ def forget() -> None:
 
 def source(name: str) -> str:
     """The Metal source of a format's kernels."""
-    files = SCALED_FILES.get(name) or METAL_FORMATS[name].files
-    return "\n".join((FOLDER / f"{file}.metal").read_text(encoding="utf-8") for file in ("dequantize", *files))
+    return read_source(name, SHARED_FILES)
+
+
+def read_source(name: str, shared: dict[str, tuple[str, ...]]) -> str:
+    """The Metal source of a format's struct after that of the ``shared`` files of its kind."""
+    kind, files = ("scaled", SCALED_FILES[name]) if name in SCALED_FILES else ("blocks", METAL_FORMATS[name].files)
+    return "\n".join((FOLDER / f"{file}.metal").read_text(encoding="utf-8") for file in (*shared[kind], *files))
 
 
 def dequantize(raw: Tensor, fmt: BlockFormat, count: int, dtype: torch.dtype) -> Tensor | None:
@@ -160,38 +179,42 @@ def _suffix(raw: Tensor, metal: MetalFormat) -> str:
     return "" if metal.alignment > 1 and raw.storage_offset() % metal.alignment == 0 else "_unaligned"
 
 
-def checked(format_name: str, name: str, same: Callable[[Any], bool]) -> Any:
-    """The kernel ``name`` of a format, or None if it was dropped; at its first use it is compiled and compared.
+def checked(
+    library: str,
+    name: str,
+    same: Callable[[Any], bool],
+    text: Callable[[], str] | None = None,
+    purpose: Purpose = DECODING,
+) -> Any:
+    """The kernel ``name`` of a library, or None if it was dropped; at its first use it is compiled and compared.
 
-    same: launches the kernel it is given and tells whether the result is right.
+    library: a format's name, or what else the log should say of the weights. same: launches the kernel it is given and
+    tells whether the result is right. text: the source of the library; that of the format if None.
     """
-    key = (format_name, name)
+    key = (library, name)
     if key in _kernels:
         return _kernels[key]
     with _lock:
         if key not in _kernels:
-            _kernels[key] = _first_use(format_name, name, same)
+            _kernels[key] = _first_use(library, name, same, text or (lambda: source(library)), purpose)
         return _kernels[key]
 
 
-def _first_use(format_name: str, name: str, same: Callable[[Any], bool]) -> Any:
-    if format_name in _libraries and _libraries[format_name] is None:
+def _first_use(library: str, name: str, same: Callable[[Any], bool], text: Callable[[], str], purpose: Purpose) -> Any:
+    if library in _libraries and _libraries[library] is None:
         return None
     try:
-        if format_name not in _libraries:
-            _libraries[format_name] = None
-            _libraries[format_name] = torch.mps.compile_shader(source(format_name))
-        kernel = getattr(_libraries[format_name], name)
+        if library not in _libraries:
+            _libraries[library] = None
+            _libraries[library] = torch.mps.compile_shader(text())
+        kernel = getattr(_libraries[library], name)
         fault = None if same(kernel) else "its result differs from the reference"
     except Exception as error:  # whatever compiling or launching raises, torch can still decode
         fault = next(iter(str(error).splitlines()), type(error).__name__)
     if fault is None:
-        logger.info("Metal kernel %s for %s weights: equal to the reference, in use.", name, format_name)
+        logger.info("Metal kernel %s for %s weights: %s, in use.", name, library, purpose.agrees)
         return kernel
-    logger.warning(
-        "Metal kernel %s for %s weights is not used (%s): torch decodes them instead, more slowly.",
-        name, format_name, fault,
-    )  # fmt: skip
+    logger.warning("Metal kernel %s for %s weights is not used (%s): %s.", name, library, fault, purpose.instead)
     return None
 
 

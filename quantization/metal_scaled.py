@@ -94,6 +94,16 @@ def _usable(codes: Tensor, format_name: str, scales: Tensor | None, sides: tuple
     return enabled()
 
 
+def kernel_layout(
+    codes: Tensor, format_name: str, scales: Tensor | None, sides: tuple[int, int]
+) -> tuple[Tensor, list[int]] | None:
+    """The grid of scales, one if there is none, and the kernels' Layout; None where torch must decode.
+
+    The arguments are those of ``dequantize``.
+    """
+    return _factors(codes, scales, sides) if _usable(codes, format_name, scales, sides) else None
+
+
 def _factors(codes: Tensor, scales: Tensor | None, sides: tuple[int, int]) -> tuple[Tensor, list[int]]:
     """The grid of scales, one if there is none, and the kernels' Layout."""
     rows, columns = codes.shape

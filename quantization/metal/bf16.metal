@@ -2,8 +2,8 @@
 struct BF16 {
   enum { WEIGHTS = 4, BLOCK_BYTES = 8, LANES = 1 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint, OUT out) {
     const uint words[2] = {READ::word(block), READ::word(block + 4)};
     float4 weights;
     weights.x = as_type<float>(words[0] << 16);

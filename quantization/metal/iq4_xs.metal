@@ -3,8 +3,8 @@
 struct IQ4_XS {
   enum { WEIGHTS = 256, BLOCK_BYTES = 136, LANES = 32 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const uint group = lane / 4;
     const uint first = 32 * group + 4 * (lane % 4);
     const uint low = (READ::word(block + 4) >> (4 * group)) & 0xF;

@@ -5,8 +5,8 @@ constant char E2M1_DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6
 struct MXFP4 {
   enum { WEIGHTS = 32, BLOCK_BYTES = 17, LANES = 4 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const uint exponent = block[0];
     const float power = as_type<float>(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
     const uint word = READ::word(block + 1 + 4 * lane);

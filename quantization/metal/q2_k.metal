@@ -4,8 +4,8 @@
 struct Q2_K {
   enum { WEIGHTS = 256, BLOCK_BYTES = 84, LANES = 16 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const uint n = lane / 8;
     const uint column = 4 * (lane % 8);
     const float d = float16_at<READ>(block + 80);

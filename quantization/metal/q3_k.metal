@@ -5,8 +5,8 @@
 struct Q3_K {
   enum { WEIGHTS = 256, BLOCK_BYTES = 110, LANES = 8 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const uint column = 4 * lane;
     const float d = float16_at<READ>(block + 108);
     const uint third = READ::word(block + column);

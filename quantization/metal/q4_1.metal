@@ -2,8 +2,8 @@
 struct Q4_1 {
   enum { WEIGHTS = 32, BLOCK_BYTES = 20, LANES = 4 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const float d = float16_at<READ>(block);
     const float m = float16_at<READ>(block + 2);
     const uint word = READ::word(block + 4 + 4 * lane);

@@ -3,8 +3,8 @@
 struct Q4_K {
   enum { WEIGHTS = 256, BLOCK_BYTES = 144, LANES = 32 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const uint chunk = lane / 8;
     const float d = float16_at<READ>(block);
     const float dmin = float16_at<READ>(block + 2);

@@ -2,8 +2,8 @@
 struct Q5_0 {
   enum { WEIGHTS = 32, BLOCK_BYTES = 22, LANES = 4 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const float d = float16_at<READ>(block);
     const uint mask = READ::word(block + 2);
     const uint word = READ::word(block + 6 + 4 * lane);

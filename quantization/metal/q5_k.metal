@@ -3,8 +3,8 @@
 struct Q5_K {
   enum { WEIGHTS = 256, BLOCK_BYTES = 176, LANES = 8 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const float d = float16_at<READ>(block);
     const float dmin = float16_at<READ>(block + 2);
     const ScalesAndMinimums fields = ScalesAndMinimums::read<READ>(block + 4);

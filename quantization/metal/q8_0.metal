@@ -2,8 +2,8 @@
 struct Q8_0 {
   enum { WEIGHTS = 32, BLOCK_BYTES = 34, LANES = 4 };
 
-  template <typename READ, typename T>
-  static void decode(device const uchar* block, uint lane, device T* out) {
+  template <typename READ, typename OUT>
+  static void decode(device const uchar* block, uint lane, OUT out) {
     const float d = float16_at<READ>(block);
     device const uchar* quants = block + 2 + 4 * lane;
     write(out, 4 * lane, signed_bytes(READ::word(quants)) * d);

@@ -22,10 +22,14 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "metal_on_cpu"
 CLANG = ("clang++-22", "clang++-21", "clang++-20", "clang++-19")
 
 LANGUAGE = ("-x", "c++", "-std=c++17", "-fsigned-char", "-w", "-D__METAL__=1", "-D__METAL_VERSION__=310")
-# Contraction as free as in Metal's fast math: only the source's own pragma keeps products and sums apart. Unaligned
-# vector accesses are reported to the launcher.
+# Contraction as free as in Metal's fast math: only the source's own pragma keeps products and sums apart.
 CODE = ("-O2", "-ffp-contract=fast-honor-pragmas", "-shared", "-fPIC", "-nostdlib++", "-g0")
-SANITIZE = ("-fno-sanitize=all", "-fsanitize=alignment", "-fsanitize-recover=alignment")
+# threads.h hears of every load and store, none wider than 16 bytes, of unaligned ones and of indices outside arrays.
+SANITIZE = (
+    "-fno-sanitize=all", "-fsanitize=alignment,array-bounds", "-fsanitize-recover=alignment,array-bounds",
+    "-fsanitize-coverage=func,trace-loads,trace-stores", "-fno-vectorize", "-fno-slp-vectorize", "-fno-builtin",
+    "-U_FORTIFY_SOURCE",
+)  # fmt: skip
 
 
 class MetalCompileError(SyntaxError):
@@ -54,7 +58,7 @@ def compiler() -> tuple[str, ...]:
 def build(source: str) -> tuple[Path, list[KernelSource]]:
     """Return the shared library of ``source`` and its kernels. Raises MetalCompileError."""
     digest = hashlib.sha256(repr((compiler(), LANGUAGE, CODE, SANITIZE)).encode())
-    for path in (HEADER, *sorted(HEADER.parent.glob("*.py"))):
+    for path in sorted([*HEADER.parent.glob("*.h"), *HEADER.parent.glob("*.py")]):
         digest.update(path.read_bytes())
     digest.update(source.encode())
     folder = CACHE / digest.hexdigest()[:16]

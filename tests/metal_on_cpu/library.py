@@ -5,6 +5,7 @@ floats as float32, lists as arrays of those, unless ``arg_casts`` says otherwise
 """
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,18 @@ CASTS = {
 MAX_THREADS = 1024
 """Most threads in a threadgroup."""
 
+FAULTS = {
+    1: "accessed memory at an address that its type's alignment forbids",
+    2: "accessed memory outside its buffers and arrays",
+    3: "did not bring all threads of a threadgroup to the same barrier",
+    4: "did not bring all threads of a simdgroup to the same simdgroup function",
+    5: "accessed threadgroup memory from two threads without a barrier between a write and the other access",
+    6: "needs more than 32 KB of threadgroup memory",
+}
+"""What a kernel did, by threads.h's number of the fault."""
+
+_running = threading.Lock()
+
 
 class MetalFault(RuntimeError):
     """A kernel did what is undefined on a GPU."""
@@ -38,8 +51,6 @@ class Kernel:
         self.name = name
         self.launches = 0
         self._launch = getattr(library, f"launch_{name}")
-        self._faults = library.metal_faults
-        self._faults.restype = ctypes.c_long
 
     def __call__(
         self,
@@ -56,11 +67,14 @@ class Kernel:
             raise RuntimeError(f"{self.name}: a grid of {grid} threads in groups of {size} cannot be launched")
         held = [_buffer(arg, _cast(arg_casts, index)) for index, arg in enumerate(args)]
         addresses = (ctypes.c_void_p * len(held))(*[tensor.data_ptr() for tensor in held])
-        before = self._faults()
-        self._launch(addresses, (ctypes.c_ulong * 3)(*grid), (ctypes.c_ulong * 3)(*size))
+        sizes = (ctypes.c_uint64 * len(held))(*map(_bytes, held))
+        with _running:
+            fault = self._launch(
+                addresses, sizes, len(held), (ctypes.c_uint64 * 3)(*grid), (ctypes.c_uint64 * 3)(*size)
+            )
         self.launches += 1
-        if self._faults() != before:
-            raise MetalFault(f"{self.name} accessed memory at an address that its type's alignment forbids")
+        if fault:
+            raise MetalFault(f"{self.name} {FAULTS[fault]}")
 
 
 class Library:
@@ -102,3 +116,10 @@ def _buffer(arg: Any, cast: str | None) -> torch.Tensor:
     values = list(arg) if isinstance(arg, (list, tuple)) else [arg]
     default = torch.float32 if isinstance(values[0], float) else torch.int64
     return torch.tensor(values, dtype=CASTS[cast] if cast else default, device="cpu")
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    return (1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))) * tensor.element_size()

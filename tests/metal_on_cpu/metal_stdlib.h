@@ -6,6 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifndef METAL_ADDRESS_SPACES
+#include "threads.h"
+#endif
+
 #ifdef METAL_ADDRESS_SPACES
 #define device __attribute__((address_space(1)))
 #define constant __attribute__((address_space(2)))
@@ -99,6 +103,7 @@ struct Reference {
 #define int4(...) metal_on_cpu::make<int4>(__VA_ARGS__)
 #define uint2(...) metal_on_cpu::make<uint2>(__VA_ARGS__)
 #define uint4(...) metal_on_cpu::make<uint4>(__VA_ARGS__)
+#define ulong2(...) metal_on_cpu::make<ulong2>(__VA_ARGS__)
 #define float2(...) metal_on_cpu::make<float2>(__VA_ARGS__)
 #define float4(...) metal_on_cpu::make<float4>(__VA_ARGS__)
 
@@ -116,6 +121,11 @@ using vec = T __attribute__((ext_vector_type(N)));
 template <typename A, typename B>
 constexpr bool is_same_v = __is_same(A, B);
 
+enum class mem_flags : uint { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(a) | uint(b)); }
+
+template <typename T>
+inline T fma(T a, T b, T c) { return __builtin_elementwise_fma(a, b, c); }
 template <typename T>
 inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
@@ -124,3 +134,5 @@ template <typename T>
 inline T select(T no, T yes, bool condition) { return condition ? yes : no; }
 
 }  // namespace metal
+
+#include "simdgroup.h"

@@ -6,14 +6,23 @@ from pathlib import Path
 
 HEADER = Path(__file__).with_name("metal_stdlib.h")
 
-# Per attribute, the launcher's variables for x, y and z.
-POSITIONS = {
-    "thread_position_in_grid": ("position[0]", "position[1]", "position[2]"),
-    "threads_per_grid": ("grid[0]", "grid[1]", "grid[2]"),
-    "thread_position_in_threadgroup": ("local[0]", "local[1]", "local[2]"),
-    "threadgroup_position_in_grid": ("group[0]", "group[1]", "group[2]"),
-    "threads_per_threadgroup": ("size[0]", "size[1]", "size[2]"),
+VECTORS = {
+    "thread_position_in_grid": "position",
+    "threads_per_grid": "grid",
+    "thread_position_in_threadgroup": "local",
+    "threadgroup_position_in_grid": "group",
+    "threadgroups_per_grid": "groups",
+    "threads_per_threadgroup": "size",
 }
+"""Attributes of one to three components, and Position's field for each."""
+
+NUMBERS = {
+    "thread_index_in_threadgroup": "index",
+    "thread_index_in_simdgroup": "lane",
+    "simdgroup_index_in_threadgroup": "simdgroup",
+    "simdgroups_per_threadgroup": "simdgroups",
+}
+"""Attributes of one component."""
 
 INCLUDE = re.compile(r"#\s*include\s*<metal_\w+>")
 PRAGMA = re.compile(r"#\s*pragma\s+METAL\s+fp\s+contract\s*\(\s*(\w+)\s*\)")
@@ -25,42 +34,18 @@ INSTANCE = re.compile(
 LITERAL = re.compile(r'"(\w*)"')
 DEFINITION = re.compile(r"(template\s*<[^{};()]*>\s*)?kernel\s+void\s+(\w+)\s*\(([^{;]*)\)\s*\{")
 BUFFER = re.compile(r"\[\[\s*buffer\((\d+)\)\s*\]\]")
+SHARED_ARRAY = re.compile(r"\bthreadgroup\s+([\w:<>, ]+?)\s+(\w+)\s*\[([^\]]+)\]\s*;")
+COOPERATION = re.compile(r"\b(METAL_THREADGROUP_ARRAY|threadgroup_barrier|simdgroup_\w+|simd_\w+)\s*\(")
 ATTRIBUTE = re.compile(r"\[\[\s*(\w+)\s*\]\]")
 
-LAUNCHER = """
-extern "C" long metal_faults() {{ return metal_on_cpu_faults; }}
-{launchers}
-"""
-
-# What the compiler calls: its rounding to bfloat16 (to nearest, ties to even), which not every runtime library has, and
-# the sanitizer's report of a load or store that the type's alignment does not permit: a GPU would access other bytes.
-RUNTIME = """
-static long metal_on_cpu_faults = 0;
-extern "C" void __ubsan_handle_type_mismatch_v1(void*, uintptr_t) { ++metal_on_cpu_faults; }
-extern "C" __attribute__((weak)) __bf16 __truncsfbf2(float value) {
-  const uint bits = __builtin_bit_cast(uint, value);
-  const uint rounded = value != value ? bits | 0x400000 : bits + 0x7FFF + (bits >> 16 & 1);
-  return __builtin_bit_cast(__bf16, ushort(rounded >> 16));
-}
-"""
-
 LAUNCH = """
-extern "C" void launch_{name}(void** buffers, const unsigned long* grid, const unsigned long* size) {{
+static void thread_{name}() {{
   using namespace metal_on_cpu;
-  unsigned long group[3], local[3], position[3];
-  for (group[2] = 0; group[2] * size[2] < grid[2]; ++group[2])
-  for (group[1] = 0; group[1] * size[1] < grid[1]; ++group[1])
-  for (group[0] = 0; group[0] * size[0] < grid[0]; ++group[0])
-  for (local[2] = 0; local[2] < size[2]; ++local[2])
-  for (local[1] = 0; local[1] < size[1]; ++local[1])
-  for (local[0] = 0; local[0] < size[0]; ++local[0]) {{
-    bool inside = true;
-    for (int axis = 0; axis < 3; ++axis) {{
-      position[axis] = group[axis] * size[axis] + local[axis];
-      inside &= position[axis] < grid[axis];
-    }}
-    if (inside) {function}({arguments});
-  }}
+  {function}({arguments});
+}}
+extern "C" int launch_{name}(
+    void** buffers, const uint64_t* bytes, int count, const uint64_t* grid, const uint64_t* size) {{
+  return metal_on_cpu::launch(thread_{name}, buffers, bytes, count, grid, size, {cooperative});
 }}
 """
 
@@ -75,8 +60,12 @@ class KernelSource:
 
 
 def prepare(source: str) -> str:
-    """The source with pragmas in clang's spelling, `kernel` for [[kernel]], no headers: ready for the preprocessor."""
+    """The source with pragmas in clang's spelling, `kernel` for [[kernel]], no headers: ready for the preprocessor.
+
+    A threadgroup array becomes a macro's call: one array of a threadgroup's threads, not one of each.
+    """
     plain = QUALIFIER.sub("kernel", INCLUDE.sub("", source))
+    plain = SHARED_ARRAY.sub(r"METAL_THREADGROUP_ARRAY(\2, (\3), \1);", plain)
     return PRAGMA.sub(r"#pragma clang fp contract(\1)", plain)
 
 
@@ -97,13 +86,14 @@ def kernels(preprocessed: str) -> list[KernelSource]:
 
 
 def translation_unit(preprocessed: str, found: list[KernelSource]) -> str:
-    """C++ to compile: the header, the source, and a ``launch_<name>`` for each kernel."""
+    """C++ to compile: the headers, the source, and a ``launch_<name>`` for each kernel."""
     body = HOST_NAME.sub("", preprocessed)
+    cooperative = "true" if COOPERATION.search(preprocessed) else "false"
     launchers = "".join(
-        LAUNCH.format(name=kernel.name, function=kernel.function, arguments=_arguments(kernel)) for kernel in found
+        LAUNCH.format(name=kernel.name, function=kernel.function, arguments=_arguments(kernel), cooperative=cooperative)
+        for kernel in found
     )
-    footer = "#ifndef METAL_ADDRESS_SPACES\n" + LAUNCHER.format(launchers=launchers) + "#endif\n"
-    return f'#include "{HEADER}"\n{RUNTIME}\n{body}\n{footer}'
+    return f'#include "{HEADER}"\n{body}\n#ifndef METAL_ADDRESS_SPACES\n{launchers}#endif\n'
 
 
 def _arguments(kernel: KernelSource) -> str:
@@ -114,11 +104,12 @@ def _argument(parameter: str) -> str:
     buffer = BUFFER.search(parameter)
     if buffer:
         kind = "Pointer" if "*" in parameter else "Reference"
-        return f"{kind}{{buffers[{buffer[1]}]}}"
+        return f"{kind}{{state.addresses[{buffer[1]}]}}"
     attribute = ATTRIBUTE.search(parameter)
-    if attribute is None or attribute[1] not in POSITIONS:
+    name, kind = attribute[1] if attribute else "", parameter.split()[0]
+    if name in NUMBERS:
+        return f"{kind}(state.here.{NUMBERS[name]})"
+    if name not in VECTORS:
         raise ValueError(f"Metal on the CPU cannot pass {parameter!r}: it is neither a buffer nor a known position.")
-    kind = parameter.split()[0]
-    count = int(kind[-1]) if kind[-1].isdigit() else 1
-    components = POSITIONS[attribute[1]][:count]
-    return f"{kind}({components[0]})" if count == 1 else f"make<{kind}>({', '.join(components)})"
+    components = [f"state.here.{VECTORS[name]}[{axis}]" for axis in range(int(kind[-1]) if kind[-1].isdigit() else 1)]
+    return f"{kind}({components[0]})" if len(components) == 1 else f"make<{kind}>({', '.join(components)})"

@@ -1,6 +1,7 @@
 """Metal kernels on the simulated device: the pack's loaders decode through them what torch decodes, bit for bit.
 
-The kernels run on the CPU (../../metal_on_cpu). The ComfyUI tree is $COMFYUI_DIR, or the newest one pinned.
+Products are torch's here (test_metal_matmul.py has the fused ones). The kernels run on the CPU (../../metal_on_cpu).
+The ComfyUI tree is $COMFYUI_DIR, or the newest one pinned.
 """
 
 import logging
@@ -20,7 +21,7 @@ sys.path.insert(0, os.environ["COMFYUI_DIR"])
 import comfy.model_management
 import comfy.sample
 import metal_on_cpu
-from apple_silicon_video.quantization import comfy_loader, metal_kernels
+from apple_silicon_video.quantization import comfy_loader, metal_kernels, metal_matmul
 from apple_silicon_video.quantization.formats import FORMATS, random_blocks
 from apple_silicon_video.quantization.tensor import QuantizedWeight
 from small_models import ENCODERS, LAYOUTS, encoder_weights, wan_weights, write_encoder_gguf, write_wan_gguf
@@ -35,6 +36,7 @@ def metal(monkeypatch):
     """The simulated device's compiler is Metal on the CPU; verdicts and models of other tests are forgotten."""
     monkeypatch.setattr(device, "shader_compiler", metal_on_cpu.compile_shader)
     monkeypatch.delenv(metal_kernels.SWITCH, raising=False)
+    monkeypatch.setenv(metal_matmul.ROWS_SWITCH, "0")
     metal_kernels.forget()
     yield
     metal_kernels.forget()
