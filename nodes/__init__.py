@@ -5,13 +5,27 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from . import doctor, loaders, long_runs, memory, patches, prompts, quantize, reduce_memory, video
+from . import (
+    doctor,
+    edit_video,
+    load_video,
+    loaders,
+    long_runs,
+    memory,
+    patches,
+    prompts,
+    quantize,
+    reduce_memory,
+    video,
+)
 from .folders import register_gguf_folders
 
 NODES: list[type[io.ComfyNode]] = [
     *loaders.NODES,
     *prompts.NODES,
+    *load_video.NODES,
     *video.NODES,
+    *edit_video.NODES,
     *memory.NODES,
     *long_runs.NODES,
     *reduce_memory.NODES,
@@ -27,8 +41,10 @@ class AppleSiliconVideo(ComfyExtension):
         from ..memory.comfy_server import serve_meter
         from ..memory.report import meter_figures
         from ..memory.telemetry import take_snapshot
+        from ..video import decord_module
 
         register_gguf_folders()
+        decord_module.register()
         clean_up_after_runs()
         serve_meter("/apple_silicon_video/memory", lambda: meter_figures(take_snapshot()))
         if torch.backends.mps.is_available():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import InputImpl, io, ui
+from comfy_api.latest import io
 
-from ..video.video_formats import QUALITIES, load_formats
+from ..video.comfy_formats import formats
+from ..video.video_formats import QUALITIES
 
 CATEGORY = "Apple Silicon Video/video"
+AUTOMATIC = "automatic"
+ENCODERS = (AUTOMATIC, "software only")
+AUDIO_CODECS = (AUTOMATIC, "aac", "opus", "pcm")
+ALIASES = ["save video", "export video", "video combine", "images to video", "png sequence"]
+ALIASES += ["mp4", "mov", "webm", "gif", "webp", "h264", "hevc", "h265", "prores", "av1", "vp9"]
 
 
 class SaveVideo(io.ComfyNode):
@@ -24,13 +28,30 @@ class SaveVideo(io.ComfyNode):
                 "Saves frames as a video in the output folder, with sound and with the workflow inside: drop the file "
                 "onto ComfyUI to get the graph back. Uses the Mac's hardware encoder where there is one."
             ),
-            search_aliases=["save video", "export video", "video combine", "mp4", "h264", "images to video"],
+            search_aliases=ALIASES,
             inputs=[
-                io.Image.Input("images", tooltip="The frames, in order. One frame makes a video of one frame."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The frames, in order. A fourth channel is stored as alpha where the format has one.",
+                ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip=(
+                        "A video instead of images: copied without loss where the format fits, else encoded frame by "
+                        "frame at its own rate."
+                    ),
+                ),
                 io.Audio.Input(
                     "audio",
                     optional=True,
-                    tooltip="Sound for the video; what is longer than the video is cut off.",
+                    tooltip="Sound for the video, instead of its own; what is longer than the video is cut off.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White parts become transparent, for formats with alpha: one mask, or one for each frame.",
                 ),
                 io.Float.Input(
                     "fps",
@@ -41,7 +62,8 @@ class SaveVideo(io.ComfyNode):
                     round=0.001,
                     tooltip=(
                         "Frames a second: 16 for Wan 2.1 and the Wan 2.2 A14B models, 24 for Wan 2.2 5B. 23.976, 29.97 "
-                        "and 59.94 mean the exact rates 24000/1001, 30000/1001 and 60000/1001."
+                        "and 59.94 mean the exact rates 24000/1001, 30000/1001 and 60000/1001. A connected video keeps "
+                        "its own."
                     ),
                 ),
                 io.String.Input(
@@ -54,9 +76,12 @@ class SaveVideo(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
-                    options=list(load_formats()),
+                    options=list(formats()),
                     default="h264-mp4",
-                    tooltip="h264-mp4 plays in QuickTime, browsers, phones and editors.",
+                    tooltip=(
+                        "h264-mp4 plays everywhere; hevc is smaller; prores is for editing, prores4444 with alpha; "
+                        "vp9-webm has alpha in browsers; gif, webp and png make pictures."
+                    ),
                 ),
                 io.Combo.Input(
                     "quality",
@@ -67,77 +92,105 @@ class SaveVideo(io.ComfyNode):
                         "best when the file is to be encoded again."
                     ),
                 ),
+                io.Int.Input(
+                    "loop",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip=(
+                        "How many more times the clip is played: a video holds it so often again, a GIF or WebP stops "
+                        "after that (0: it loops for ever)."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "ping_pong",
+                    default=False,
+                    optional=True,
+                    tooltip="Play the frames forward and then backward, so that a loop has no jump.",
+                ),
+                io.Boolean.Input(
+                    "first_frame",
+                    default=False,
+                    optional=True,
+                    tooltip="Also save the first frame as a PNG beside the video, with the workflow inside.",
+                ),
+                io.Combo.Input(
+                    "encoder",
+                    options=list(ENCODERS),
+                    default=AUTOMATIC,
+                    optional=True,
+                    advanced=True,
+                    tooltip="automatic: the Mac's hardware first; software only: slower, smaller at the same quality.",
+                ),
+                io.Combo.Input(
+                    "audio_codec",
+                    options=list(AUDIO_CODECS),
+                    default=AUTOMATIC,
+                    optional=True,
+                    advanced=True,
+                    tooltip="automatic: AAC in mp4, uncompressed PCM in mov, Opus in webm.",
+                ),
+                io.String.Input(
+                    "encoder_options",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="FFmpeg options for the encoder, such as: preset=slow crf=17. They outdo the quality.",
+                ),
+                io.Boolean.Input(
+                    "copy_streams",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Copy a connected video without encoding it again where it already is what the format makes; "
+                        "quality then has no effect."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
             outputs=[
                 io.Video.Output(display_name="video", tooltip="The saved file, for other video nodes."),
-                io.String.Output(display_name="path", tooltip="Where the file was saved."),
+                io.String.Output(display_name="path", tooltip="Where the file was saved; the folder of PNG files."),
             ],
         )
 
     @classmethod
     def execute(
         cls,
-        images: Any,
         fps: float,
         filename_prefix: str,
         format: str,
         quality: str,
+        images: Any = None,
+        video: Any = None,
         audio: Any = None,
+        mask: Any = None,
+        loop: int = 0,
+        ping_pong: bool = False,
+        first_frame: bool = False,
+        encoder: str = AUTOMATIC,
+        audio_codec: str = AUTOMATIC,
+        encoder_options: str = "",
+        copy_streams: bool = True,
     ) -> io.NodeOutput:
-        from comfy.model_management import throw_exception_if_processing_interrupted
-        from comfy.utils import ProgressBar
+        from ..video.comfy_saving import Settings, save
 
-        from ..video.encoding import encode_video, picture_size
-        from ..video.output_file import numbered_names
-
-        folder, stem, counter, subfolder = _output_name(filename_prefix, *picture_size(images))
-        video_format = load_formats()[format]
-        progress = ProgressBar(images.shape[0])
-
-        def on_frame(done: int) -> None:
-            throw_exception_if_processing_interrupted()
-            progress.update_absolute(done)
-
-        video = encode_video(
-            numbered_names(folder, stem, counter, video_format.suffix),
-            images,
-            fps=fps,
-            video_format=video_format,
-            quality=quality,
-            audio=audio,
-            metadata=_metadata(cls.hidden),
-            on_frame=on_frame,
+        settings = Settings(
+            filename_prefix,
+            format,
+            quality,
+            loop,
+            ping_pong,
+            first_frame,
+            copy_streams,
+            software_only=encoder != AUTOMATIC,
+            audio_codec=None if audio_codec == AUTOMATIC else audio_codec,
+            encoder_options=encoder_options,
         )
-        result = ui.SavedResult(video.path.name, subfolder, io.FolderType.output)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(video.path)), str(video.path), ui=ui.PreviewVideo([result]))
-
-
-def _output_name(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
-    """Folder, name, first free number and subfolder that ComfyUI gives to a prefix."""
-    import folder_paths
-
-    from ..video.errors import VideoError
-
-    try:
-        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
-            prefix, folder_paths.get_output_directory(), width, height
-        )
-    except Exception as error:  # core raises a bare Exception for a folder outside of output
-        reason = error.strerror if isinstance(error, OSError) else "it leads outside of the output folder"
-        raise VideoError(f"The filename prefix {prefix!r} cannot be used: {reason}; choose another one.") from error
-    return Path(folder), stem, counter, subfolder
-
-
-def _metadata(hidden: Any) -> dict[str, str]:
-    """The prompt and the workflow as JSON, under the keys that the front end looks for."""
-    from comfy.cli_args import args
-
-    if args.disable_metadata:
-        return {}
-    values = {**(hidden.extra_pnginfo or {}), "prompt": hidden.prompt}
-    return {key: json.dumps(value) for key, value in values.items() if value is not None}
+        return save(images, video, mask, audio, fps, settings, cls.hidden)
 
 
 NODES: list[type[io.ComfyNode]] = [SaveVideo]

@@ -8,6 +8,7 @@ Python of version 3.10 or later and goes on in the environment that scripts/envi
 import argparse
 import contextlib
 import fcntl
+import io
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,12 @@ MODEL_INPUTS: dict[str, ModelInput] = {
     "vae_name": ModelInput("vae", ("vae",)),
     "lora_name": ModelInput("lora", ("loras",)),
 }
+FAMILIES = ("ti2v", "i2v", "t2v")
+"""What a Wan model makes, as it stands in file names; the last one where none does."""
+
+EXPERTS = ("high", "low")
+"""The experts of Wan 2.2 A14B, as they stand in file names."""
+
 SMALL_SIZES = {"width": 192, "height": 112, "length": 17}
 """Pixels and frames of the small run."""
 
@@ -118,27 +125,29 @@ def model_inputs(prompt: Prompt) -> Iterator[tuple[str, str, str, ModelInput]]:
 
 
 def role_of(file: str, kind: ModelInput) -> str:
-    """Return a file's role in its workflow; of Wan 2.2's two experts, each has its own."""
-    for expert in ("high", "low"):
-        if kind.role == "diffusion_model" and expert in file.lower():
-            return f"{kind.role}_{expert}"
-    return kind.role
+    """Return a file's role: its kind, and for models and LoRAs what they make (FAMILIES) and which expert they are."""
+    name = file.lower()
+    if kind.role == "vae":
+        return "vae_2.2" if "2.2" in name else "vae"
+    if kind.role == "text_encoder":
+        return kind.role
+    family = next((family for family in FAMILIES if family in name), FAMILIES[-1])
+    expert = next((f"_{expert}" for expert in EXPERTS if expert in name), "")
+    return f"{kind.role}_{family}{expert}"
 
 
-def made_small(prompt: Prompt, substitutions: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
+def made_small(prompt: Prompt, substitutions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return a copy of a prompt with small models, sizes and step counts.
 
-    ``substitutions``: for each kind of workflow, the small file's name for each role. The first that has all roles of
-    this workflow is used; DemoError if none has.
+    ``substitutions``: the small file's name for each role; DemoError if the workflow has a role that is not there.
     """
     found = list(model_inputs(prompt))
-    roles = {role_of(file, kind) for _, _, file, kind in found}
-    names = next((names for names in substitutions.values() if roles <= set(names)), None)
-    if names is None:
-        raise DemoError(f"No small models stand for {', '.join(sorted(roles))}: name real ones with --models.")
+    missing = {role_of(file, kind) for _, _, file, kind in found} - set(substitutions)
+    if missing:
+        raise DemoError(f"No small models stand for {', '.join(sorted(missing))}: name real ones with --models.")
     small = {node: {**content, "inputs": dict(content["inputs"])} for node, content in prompt.items()}
     for node, name, file, kind in found:
-        small[node]["inputs"][name] = names[role_of(file, kind)]
+        small[node]["inputs"][name] = substitutions[role_of(file, kind)]
     for content in small.values():
         shrink(content["inputs"])
     return small
@@ -165,7 +174,7 @@ def missing_models(prompt: Prompt, models: Path) -> list[str]:
     ]
 
 
-def make_small_models() -> Mapping[str, Mapping[str, str]]:
+def make_small_models() -> Mapping[str, str]:
     """Have the small models made unless they are up to date; return which file stands for which role."""
     log = CACHE / "logs" / "small-models.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -196,18 +205,52 @@ def gradient_png(width: int = 448, height: int = 256) -> bytes:
     )
 
 
-def provide_picture(server: ComfyServer, prompt: Mapping[str, dict[str, Any]], picture: Path | None) -> None:
-    """Upload the picture that the prompt's LoadImage nodes take, and name it there."""
-    nodes = [content for content in prompt.values() if content["class_type"] == "LoadImage"]
-    if not nodes:
-        return
-    try:
-        content = picture.read_bytes() if picture else gradient_png()
-    except OSError as error:
-        raise DemoError(f"The picture {picture} cannot be read ({error.strerror}): check --image.") from error
-    name = server.upload_image(content, picture.name if picture else "gradient.png")
-    for node in nodes:
-        node["inputs"]["image"] = name
+def moving_gradient(frames: int = 24, width: int = 448, height: int = 256) -> bytes:
+    """Return an MP4 of 16 frames a second in which a gradient moves, for workflows that begin with a clip."""
+    import av
+    import numpy
+
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        y, x = numpy.mgrid[0:height, 0:width]
+        for number in range(frames):
+            shifted = (x + number * 8) % width * 255 // width
+            picture = numpy.stack([shifted, y * 255 // height, numpy.full_like(x, 128)], axis=-1).astype(numpy.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return target.getvalue()
+
+
+class Source(NamedTuple):
+    """What a node begins with: its input, the file's name, and what makes one."""
+
+    input: str
+    name: str
+    make: Callable[[], bytes]
+
+
+SOURCES = {
+    "LoadImage": Source("image", "gradient.png", gradient_png),
+    "MPSLoadVideo": Source("file", "gradient.mp4", moving_gradient),
+}
+
+
+def provide_sources(server: ComfyServer, prompt: Mapping[str, dict[str, Any]], picture: Path | None) -> None:
+    """Upload the pictures and clips that the prompt begins with, and name them there."""
+    for kind, source in SOURCES.items():
+        nodes = [content for content in prompt.values() if content["class_type"] == kind]
+        if not nodes:
+            continue
+        chosen = picture if kind == "LoadImage" else None
+        try:
+            content = chosen.read_bytes() if chosen else source.make()
+        except OSError as error:
+            raise DemoError(f"The picture {picture} cannot be read ({error.strerror}): check --image.") from error
+        name = server.upload_image(content, chosen.name if chosen else source.name)
+        for node in nodes:
+            node["inputs"][source.input] = name
 
 
 class Progress:
@@ -291,7 +334,7 @@ def run(options: argparse.Namespace) -> None:
     if not fetch_comfyui.is_comfyui(comfyui):
         say(f"Fetching ComfyUI {comfyui.name} ...")
         fetch_comfyui.fetch(comfyui.name)
-    substitutions = {} if options.models else make_small_models()
+    substitutions: Mapping[str, str] = {} if options.models else make_small_models()
     runnable = {node: {**content, "inputs": dict(content["inputs"])} for node, content in prompt.items()}
     if not options.models:
         runnable, workflow = made_small(prompt, substitutions), None
@@ -301,7 +344,7 @@ def run(options: argparse.Namespace) -> None:
     )
     say(f"Starting ComfyUI from {comfyui} ...")
     with server:
-        provide_picture(server, runnable, options.image)
+        provide_sources(server, runnable, options.image)
         say(f"Running {options.workflow} at {server.url} (log: {server.log}) ...")
         progress = Progress(runnable)
         try:

@@ -78,6 +78,32 @@ SKIPPED = {
 """ComfyUI's requirements that it starts without, and why they are left out here."""
 
 
+class Program(NamedTuple):
+    """A program of the system that the tests run: what it goes by, and what has it on Debian and in Homebrew."""
+
+    names: tuple[str, ...]
+    debian: str
+    homebrew: str
+
+
+PROGRAMS = (
+    Program(("ffmpeg",), "ffmpeg", "ffmpeg"),
+    Program(("ffprobe",), "ffmpeg", "ffmpeg"),
+    Program(
+        (
+            "chromium",
+            "chromium-browser",
+            "google-chrome",
+            "google-chrome-stable",
+            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+            "/Applications/Chromium.app/Contents/MacOS/Chromium",
+        ),
+        "chromium",
+        "--cask chromium",
+    ),
+)
+
+
 def say(message: str) -> None:
     """Tell the user what is going on; standard output is kept for the result."""
     print(message, file=sys.stderr, flush=True)
@@ -201,13 +227,18 @@ def locked() -> Iterator[None]:
         yield
 
 
+def write_log(command: Sequence[str], result: subprocess.CompletedProcess[str]) -> None:
+    """Append a command and its output to the log."""
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    with open(LOG, "a") as log:
+        log.write(f"$ {' '.join(command)}\n{result.stdout}{result.stderr}\n")
+
+
 def pip_install(*arguments: str) -> str | None:
     """Install with the environment's pip, all output to the log; return None, or what pip said was wrong."""
     command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", "install", *arguments]
     result = run(command)
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    with open(LOG, "a") as log:
-        log.write(f"$ {' '.join(command)}\n{result.stdout}{result.stderr}\n")
+    write_log(command, result)
     return last_error(result.stdout + result.stderr) if result.returncode else None
 
 
@@ -322,6 +353,49 @@ def install_requirements(what: str, requirements: Sequence[str]) -> None:
         first_success(what, [Attempt(("--requirement", str(wanted)), ("--constraint", str(kept)))])
 
 
+def missing_programs() -> list[Program]:
+    """Return the system's programs that the tests need and that are not on the search path."""
+    return [program for program in PROGRAMS if not any(map(shutil.which, program.names))]
+
+
+def install_programs() -> None:
+    """Install the system's programs that the tests need: with apt-get where that may be done, else say how.
+
+    Without them most tests run all the same, so that nothing here is an error.
+    """
+    missing = missing_programs()
+    if not missing:
+        return
+    names = " and ".join(program.names[0] for program in missing)
+    packages = sorted({program.debian for program in missing})
+    if shutil.which("apt-get") is None:
+        commands = " and ".join(f'"brew install {name}"' for name in sorted({p.homebrew for p in missing}))
+        say(f"{names} not found, so that the tests that use it will fail: install it, on a Mac with {commands}.")
+    elif os.geteuid():
+        say(
+            f"{names} not found, so that the tests that use it will fail: install it with "
+            f'"sudo apt-get install {" ".join(packages)}".'
+        )
+    else:
+        say(f"Installing {' and '.join(packages)} with apt-get ...")
+        failure = apt_install(packages)
+        if failure:
+            say(f"apt-get could not install {names} ({failure}): check the network, details in {LOG}.")
+
+
+def apt_install(packages: Sequence[str]) -> str | None:
+    """Install Debian packages, all output to the log; return None, or what apt-get said was wrong."""
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
+    failure: str | None = None
+    for command in (install, ["apt-get", "update"], install):
+        result = run(["env", "DEBIAN_FRONTEND=noninteractive", *command])
+        write_log(command, result)
+        failure = last_error(result.stdout + result.stderr) if result.returncode else None
+        if failure is None and command is install:
+            return None
+    return failure
+
+
 def wanted_stamp(comfyui: Path, tests: bool) -> dict[str, str]:
     """Return the digest that each group must have; a ComfyUI that is not there yet gives "" for its group."""
     python = text_or_empty(VENV / "pyvenv.cfg")
@@ -351,10 +425,13 @@ def up_to_date(stamp: dict[str, str], wanted: dict[str, str]) -> bool:
 def ensure(tests: bool = False, comfyui_version: str | None = None) -> Path:
     """Make the environment what this checkout needs and return its interpreter.
 
-    With ``tests`` it also holds the tests' requirements. ComfyUI's requirements are those of the user's own
-    ComfyUI; for tests, or when a pinned version is named, those of the newest pinned one, with which the
-    older ones run too. Raises SetupError or FetchError.
+    With ``tests`` it also holds the tests' requirements, and the system gets the programs that they run.
+    ComfyUI's requirements are those of the user's own ComfyUI; for tests, or when a pinned version is named, those
+    of the newest pinned one, with which the older ones run too. Raises SetupError or FetchError.
     """
+    if tests and missing_programs():
+        with locked():
+            install_programs()
     pinned = tests or comfyui_version is not None
     comfyui = fetch_comfyui.find(fetch_comfyui.DEFAULT_VERSION if pinned else None)
     if up_to_date(read_stamp(), wanted_stamp(comfyui, tests)):
@@ -388,7 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=f"Make the virtual environment {VENV} and print its interpreter. pip keeps downloads in "
         f"its own cache; ComfyUI, logs and the lock go to {CACHE}."
     )
-    parser.add_argument("--tests", action="store_true", help="also install requirements-test.txt")
+    parser.add_argument("--tests", action="store_true", help="also install requirements-test.txt, ffmpeg and Chromium")
     parser.add_argument(
         "--comfyui-version", choices=fetch_comfyui.DISTRIBUTIONS, help="for this pinned copy of ComfyUI"
     )

@@ -1,27 +1,31 @@
-"""R'G'B' to Y'CbCr as video encoders take it, on the device where the frame lies.
+"""R'G'B' to Y'CbCr as video encoders take it, in NumPy, whose loops leave the other cores to the encoder.
 
-Luma weights and limited range are those of ITU-R BT.709-6 (sections 3.2 and 3.4); chroma is sited on the left column
-of each pair, midway between two rows, which is what H.264 decoders assume (ITU-T H.264, annex E, type 0). The colour
-tags are FFmpeg's encoder options; their numbers are the code points of ITU-T H.273.
+Luma weights and limited range are those of ITU-R BT.709-6 (sections 3.2 and 3.4); subsampled chroma is sited on the
+left column of each pair, midway between two rows, which is what H.264 decoders assume (ITU-T H.264, annex E, type 0).
+The colour tags are FFmpeg's encoder options; their numbers are the code points of ITU-T H.273.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-ROWS_AT_ONCE = 72  # keeps a stripe's temporaries in the processor's cache; even, so that no chroma row is split
+Rows = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ColorSpace:
-    """Luma weights of red and blue, and the tags that tell a player about them (FFmpeg encoder options)."""
+    """Luma weights of red and blue, and the tags that tell a player about them.
+
+    tags: FFmpeg's encoder options; frame_tags: the same on PyAV's frames, which some encoders (ProRes) ask for.
+    """
 
     red: float
     blue: float
     tags: dict[str, str]
+    frame_tags: dict[str, int]
 
     def luma(self) -> list[float]:
         """Weights of R', G', B' in Y' for R'G'B' in 0..1 and Y' in 0..219."""
@@ -48,56 +52,45 @@ COLOR_SPACES = {
             "color_range": "tv",
             "chroma_sample_location": "left",
         },
+        frame_tags={"color_primaries": 1, "color_trc": 1, "colorspace": 1, "color_range": 1},
     ),
 }
 
 
-def even_size(width: int, height: int) -> tuple[int, int]:
-    """The size after repeating the last column or row of an odd side, as 4:2:0 needs."""
-    return width + width % 2, height + height % 2
+def rgb_to_yuv(rgb: Rows, space: ColorSpace, bits: int, columns: int, rows: int) -> dict[str, Rows]:
+    """Limited-range Y', Cb and Cr ("Y", "U", "V") of some whole rows, moved up by the 0.5 that makes truncation round.
 
-
-def rgb_to_yuv420(frame: Tensor, space: ColorSpace) -> tuple[Tensor, bool]:
-    """Convert one frame to 8-bit limited-range 4:2:0, rounding once.
-
-    frame: floating [H, W, C], C >= 3, any device; channels after the third are ignored, values are clamped to 0..1,
-    NaN counts as 0, an odd side repeats its last column or row. Returns uint8 [H * 3 / 2, W] on the same device (the
-    Y' plane, then Cb, then Cr, each row after row: FFmpeg's yuv420p) and whether the frame held NaN. Temporaries are
-    bounded by a stripe of rows on the CPU and by the frame on other devices.
+    rgb: float32 [H, W, 3] in 0..1, H a multiple of `rows` and W of `columns`, the numbers (1 or 2) that share a chroma
+    sample. bits: 8 and more, of one component. Returns float32 [H, W] and [H / rows, W / columns].
     """
-    height, width = frame.shape[:2]
-    even_width, even_height = even_size(width, height)
-    planes = torch.empty(even_height * 3 // 2, even_width, dtype=torch.uint8, device=frame.device)
-    luma, chroma = planes[:even_height], planes[even_height:].view(2, even_height // 2, even_width // 2)
-    luma_weights = torch.tensor(space.luma(), device=frame.device)
-    chroma_weights = torch.tensor(space.chroma(), device=frame.device).T / 8  # the 2 x [1, 2, 1] filter adds up to 8
-
-    had_nan = False
-    rows = ROWS_AT_ONCE if frame.device.type == "cpu" else even_height
-    for top in range(0, even_height, rows):
-        rgb, stripe_had_nan = _clean(frame[top : top + rows, :, :3])
-        had_nan |= stripe_had_nan
-        rgb = _repeat_last(_repeat_last(rgb, 1), 0)
-        luma[top : top + rows] = (rgb @ luma_weights).add_(16.5)
-
-        pair = rgb[0::2] + rgb[1::2]
-        odd = pair[:, 1::2]
-        sited = pair[:, 0::2] * 2 + odd
+    scale = 1 << (bits - 8)
+    luma = rgb @ np.array(space.luma(), np.float32) * np.float32(scale)
+    luma += 16 * scale + 0.5
+    sited, weight = rgb, float(scale)
+    if rows == 2:
+        sited, weight = rgb[0::2] + rgb[1::2], weight / 2
+    if columns == 2:
+        pair, odd = sited, sited[:, 1::2]
+        sited, weight = pair[:, 0::2] * 2, weight / 4  # [1, 2, 1] around the left column
+        sited += odd
         sited[:, 1:] += odd[:, :-1]
         sited[:, 0] += pair[:, 0]
-        chroma[:, top // 2 : (top + rows) // 2] = (sited @ chroma_weights).add_(128.5).permute(2, 0, 1)
-    return planes, had_nan
+    blue, red = (sited @ (np.array(row, np.float32) * np.float32(weight)) for row in space.chroma())
+    blue += 128 * scale + 0.5
+    red += 128 * scale + 0.5
+    return {"Y": luma, "U": blue, "V": red}
 
 
-def _clean(rgb: Tensor) -> tuple[Tensor, bool]:
-    """float32 copy clamped to 0..1 with NaN as 0, and whether there was any."""
-    rgb = rgb.to(torch.float32).clamp(0, 1)
-    if torch.isfinite(rgb.sum()):
-        return rgb, False
-    return rgb.nan_to_num_(nan=0.0), True
+def clean(values: Rows) -> tuple[Rows, bool]:
+    """Copy clamped to 0..1 with NaN as 0, and whether there was any."""
+    values = np.clip(values, 0, 1)
+    if np.isfinite(values.sum()):
+        return values, False
+    return np.nan_to_num(values, copy=False, nan=0.0), True
 
 
-def _repeat_last(rgb: Tensor, dim: int) -> Tensor:
-    if rgb.shape[dim] % 2 == 0:
-        return rgb
-    return torch.cat((rgb, rgb.narrow(dim, -1, 1)), dim)
+def repeat_last(values: Rows, axis: int, times: int) -> Rows:
+    """The array with its last slice along `axis` repeated so many more times."""
+    if times <= 0:
+        return values
+    return np.concatenate((values, *[values.take([-1], axis)] * times), axis)

@@ -1,7 +1,8 @@
 """Files that appear complete or not at all: written under a hidden name in the same folder, synced, moved into place.
 
 The hidden name follows from the final one and is locked while in use, so a fragment left by a killed process is
-recognised and removed by the next save of that name, and two processes never write the same file.
+recognised and removed by the next save of that name, and two processes never write the same file. Folders of images
+are made in the same way, as a whole.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,6 +130,73 @@ class OutputFile:
         raise FileExistsError(errno.EEXIST, "the name is in use", str(self.path))
 
 
+class OutputFolder:
+    """Context manager for one new folder: fill `partial`, then call `publish`; without that nothing stays behind.
+
+    names: as for OutputFile; no folder is ever replaced. Raises VideoError, one sentence, when no name can be used.
+    """
+
+    def __init__(self, names: Iterable[Path]) -> None:
+        self._names = iter(names)
+        self._lock: int | None = None
+        self.path = Path()
+        self.partial = Path()
+
+    def __enter__(self) -> OutputFolder:
+        for path in self._names:
+            self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+            with writing(path):
+                if not path.exists() and self._claim():
+                    return self
+        raise VideoError(f"Cannot save {self.path}: the name is in use, and folders are not replaced; choose another.")
+
+    def publish(self) -> Path:
+        """Sync the finished folder and move it into place; returns its final name."""
+        with writing(self.path):
+            _sync_folder(self.partial)
+            self._move()
+            _sync_folder(self.path.parent)
+        return self.path
+
+    def __exit__(self, *exception: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _claim(self) -> bool:
+        """Create the hidden folder for this process alone."""
+        for _ in range(2):
+            try:
+                os.mkdir(self.partial)
+            except FileExistsError:
+                if not _remove_if_abandoned(self.partial):
+                    return False
+                continue
+            if fcntl is None:
+                return True
+            descriptor = os.open(self.partial, os.O_RDONLY)
+            if _lock(descriptor, self.partial) is not False:
+                self._lock = descriptor
+                return True
+            os.close(descriptor)
+            return False
+        return False
+
+    def _move(self) -> None:
+        for candidate in itertools.chain([self.path], self._names):
+            self.path = candidate
+            if candidate.exists():
+                continue
+            try:
+                os.rename(self.partial, candidate)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # taken meanwhile
+                    raise
+                continue
+            return
+        raise FileExistsError(errno.EEXIST, "the name is in use", str(self.path))
+
+
 def _lock(descriptor: int, path: Path) -> bool | None:
     """Whether the open file is now locked and `path` still names it; None where the file system has no locks."""
     try:
@@ -140,17 +209,20 @@ def _lock(descriptor: int, path: Path) -> bool | None:
 
 
 def _remove_if_abandoned(partial: Path) -> bool:
-    """Remove a fragment that no process holds; False if one does."""
+    """Remove a fragment, a file or a folder, that no process holds; False if one does."""
     if fcntl is None:
         return False
     try:
-        descriptor = os.open(partial, os.O_RDWR)
+        descriptor = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
     except FileNotFoundError:
         return True
     try:
         if not _lock(descriptor, partial):
             return False
-        partial.unlink()
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
         return True
     finally:
         os.close(descriptor)

@@ -55,6 +55,7 @@ class ModelFile:
 
 _ENCODER_RECIPE = "Q5_K_M"
 _T2V, _I2V = "wan2.1-t2v-1.3b", ("wan2.2-i2v-a14b-high", "wan2.2-i2v-a14b-low")
+_A14B = ("wan2.2-t2v-a14b-high", "wan2.2-t2v-a14b-low", *_I2V)
 _MIXES = ("Q3_K_M", "Q5_K_M")
 _PLAIN_TYPES = ("Q3_K", "Q5_K", "Q8_0", "Q4_0", "Q2_K", "Q6_K", "IQ4_XS", "IQ3_S", "F16", "BF16")
 
@@ -124,8 +125,10 @@ def _lora_file(label: str, tensors: Callable[[], dict]) -> ModelFile:
 
 
 def _demo_files() -> Iterator[ModelFile]:
-    for variant in (_T2V, *_I2V):
+    for variant in (_T2V, *_A14B):
         yield _wan_file(variant, "Q5_K_M")
+    for variant in _A14B:
+        yield _lora_file(f"{variant}-published", partial(published_lora, variant))
     yield _encoder_file("umt5", _ENCODER_RECIPE)
     yield ModelFile("vae", "vae", "small-wan2.1-vae.safetensors", write_vae)
 
@@ -133,7 +136,7 @@ def _demo_files() -> Iterator[ModelFile]:
 def _test_files() -> Iterator[ModelFile]:
     yield from _demo_files()
     for variant in VARIANTS:
-        if variant not in (_T2V, *_I2V):
+        if variant not in (_T2V, *_A14B):
             yield _wan_file(variant, "Q5_K_M")
     for variant in (_T2V, *_I2V):
         yield _wan_file(variant, "Q3_K_M")
@@ -155,8 +158,7 @@ def _test_files() -> Iterator[ModelFile]:
 
 
 def _test_loras() -> Iterator[ModelFile]:
-    for variant in (_T2V, *_I2V):
-        yield _lora_file(f"{variant}-published", partial(published_lora, variant))
+    yield _lora_file(f"{_T2V}-published", partial(published_lora, _T2V))
     for adapter in ADAPTERS:
         modules = ["blocks.0.self_attn.norm_q", "blocks.1.norm3"] if adapter == "w-norm" else None
         yield _lora_file(f"{_T2V}-{adapter}", partial(wan_lora, _T2V, adapter, modules))
@@ -197,19 +199,21 @@ SETS: dict[str, Callable[[], Iterator[ModelFile]]] = {
     "full-size": _full_size_files,
 }
 
-# Which file of the demo stands for which model of a workflow: role in the workflow -> role in the manifest.
+# Which file of the demo stands for which model of a workflow: role in the workflow (demo.role_of) -> role here.
 SUBSTITUTIONS = {
-    "t2v": {
-        "diffusion_model": f"{_T2V}-Q5_K_M",
-        "text_encoder": f"umt5-{_ENCODER_RECIPE}",
-        "vae": "vae",
+    "diffusion_model_t2v": f"{_T2V}-Q5_K_M",
+    **{
+        f"diffusion_model_{task}_{expert}": f"wan2.2-{task}-a14b-{expert}-Q5_K_M"
+        for task in ("t2v", "i2v")
+        for expert in ("high", "low")
     },
-    "i2v": {
-        "diffusion_model_high": f"{_I2V[0]}-Q5_K_M",
-        "diffusion_model_low": f"{_I2V[1]}-Q5_K_M",
-        "text_encoder": f"umt5-{_ENCODER_RECIPE}",
-        "vae": "vae",
+    **{
+        f"lora_{task}_{expert}": f"wan2.2-{task}-a14b-{expert}-published"
+        for task in ("t2v", "i2v")
+        for expert in ("high", "low")
     },
+    "text_encoder": f"umt5-{_ENCODER_RECIPE}",
+    "vae": "vae",
 }
 
 
@@ -232,7 +236,7 @@ def make_set(name: str, folder: Path, report: Callable[[str], object] = lambda l
 
     Returns:
         The manifest: "set", "sources" (hash), "files" (role to path below ``folder``), "sizes" (path to bytes) and,
-        where the set has them, "substitutions" (workflow to {model's role in it: file name as a loader lists it}).
+        "substitutions" (a model's role in a workflow to the file's name as a loader lists it).
     """
     files = list(SETS[name]())
     sources = sources_hash()
@@ -251,11 +255,7 @@ def make_set(name: str, folder: Path, report: Callable[[str], object] = lambda l
         "sources": sources,
         "files": {role: path.as_posix() for role, path in paths.items()},
         "sizes": {path.as_posix(): (folder / path).stat().st_size for path in paths.values()},
-        "substitutions": {
-            workflow: {role: paths[ours].name for role, ours in roles.items()}
-            for workflow, roles in SUBSTITUTIONS.items()
-            if set(roles.values()) <= set(paths)
-        },
+        "substitutions": {role: paths[ours].name for role, ours in SUBSTITUTIONS.items() if ours in paths},
     }
     beside = folder / f".{MANIFEST}.part"
     beside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

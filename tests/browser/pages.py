@@ -46,9 +46,16 @@ def chromium() -> Iterator[Browser]:
 class FrontEnd:
     """One page with ComfyUI in it; ``errors`` collects uncaught errors and the console's error messages."""
 
-    def __init__(self, browser: Browser, url: str, *, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        browser: Browser,
+        url: str,
+        *,
+        settings: dict[str, Any] | None = None,
+        size: tuple[int, int] = (1920, 1080),
+    ) -> None:
         """Open the front end at ``url`` with ``settings`` stored on its server, and wait until it is ready."""
-        self.page: Page = browser.new_page(viewport={"width": 1920, "height": 1080})
+        self.page: Page = browser.new_page(viewport={"width": size[0], "height": size[1]})
         self.errors: list[str] = []
         self.page.set_default_timeout(PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

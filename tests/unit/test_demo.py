@@ -11,13 +11,19 @@ from PIL import Image
 import demo  # isort: skip
 
 SUBSTITUTIONS = {
-    "t2v": {"diffusion_model": "small.gguf", "text_encoder": "small-t5.gguf", "vae": "small-vae.safetensors"},
-    "i2v": {
-        "diffusion_model_high": "small-high.gguf",
-        "diffusion_model_low": "small-low.gguf",
-        "text_encoder": "small-t5.gguf",
-        "vae": "small-vae.safetensors",
-    },
+    "diffusion_model_t2v": "small.gguf",
+    "diffusion_model_ti2v": "small-5b.gguf",
+    "diffusion_model_t2v_high": "small-high.gguf",
+    "diffusion_model_t2v_low": "small-low.gguf",
+    "diffusion_model_i2v_high": "small-i2v-high.gguf",
+    "diffusion_model_i2v_low": "small-i2v-low.gguf",
+    "lora_t2v_high": "small-high.safetensors",
+    "lora_t2v_low": "small-low.safetensors",
+    "lora_i2v_high": "small-i2v-high.safetensors",
+    "lora_i2v_low": "small-i2v-low.safetensors",
+    "text_encoder": "small-t5.gguf",
+    "vae": "small-vae.safetensors",
+    "vae_2.2": "small-vae-2.2.safetensors",
 }
 
 
@@ -31,7 +37,10 @@ def test_every_workflow_becomes_small(workflow):
     before = json.dumps(prompt)
     small = demo.made_small(prompt, SUBSTITUTIONS)
     assert json.dumps(prompt) == before and ui is not None
-    assert names(small) in [set(kind.values()) for kind in SUBSTITUTIONS.values()]
+    assert names(small) <= set(SUBSTITUTIONS.values())
+    assert ("5b" in workflow) == ("small-5b.gguf" in names(small))
+    pictures = any(node["class_type"] == "LoadImage" for node in prompt.values())
+    assert any("i2v" in name for name in names(small)) == (pictures and "5b" not in workflow)
     for node in small.values():
         for name, limit in demo.SMALL_SIZES.items():
             assert not isinstance(node["inputs"].get(name), int) or node["inputs"][name] <= limit
@@ -50,7 +59,7 @@ def test_models_keep_their_parts():
 
 def test_unknown_parts_are_refused():
     prompt = {"1": {"class_type": "LoraLoader", "inputs": {"lora_name": "x.safetensors"}}}
-    with pytest.raises(demo.DemoError, match=r"No small models stand for lora: .*--models"):
+    with pytest.raises(demo.DemoError, match=r"No small models stand for lora_t2v: .*--models"):
         demo.made_small(prompt, SUBSTITUTIONS)
 
 

@@ -1,5 +1,6 @@
 """What scripts/environment.py decides: interpreter, sources of torch, requirements, and whether anything is to do."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,91 @@ def test_environment_that_runs_is_kept(checkout):
     (environment.VENV / "precious").touch()
     environment.make_venv()
     assert (environment.VENV / "precious").exists() and environment.PYTHON.readlink() == Path(sys.executable)
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch, capsys):
+    """A search path with chosen programs only, a user, and an apt-get that installs (after an update)."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(environment, "LOG", tmp_path / "log")
+    for tool in ("env", "sh", "touch", "chmod"):
+        (folder / tool).symlink_to(shutil.which(tool))
+
+    def prepare(*programs, user=0, packages=True, update=True):
+        for program in programs:
+            (folder / program).touch()
+            (folder / program).chmod(0o755)
+        if (folder / "apt-get").exists():
+            (folder / "apt-get").write_text(
+                f"""#!{folder}/sh
+                echo "$@" $DEBIAN_FRONTEND >> {tmp_path}/calls
+                if [ "$1" = update ]; then touch {tmp_path}/lists; exit 0; fi
+                if {str(not update).lower()} || [ -e {tmp_path}/lists ] && {str(packages).lower()}; then
+                    touch {folder}/ffmpeg {folder}/ffprobe {folder}/chromium
+                    chmod +x {folder}/ffmpeg {folder}/ffprobe {folder}/chromium
+                else
+                    echo "E: Unable to locate package" >&2; exit 100
+                fi
+                """
+            )
+        monkeypatch.setenv("PATH", str(folder))
+        monkeypatch.setattr(environment.os, "geteuid", lambda: user)
+        monkeypatch.setattr(environment, "PROGRAMS", [p._replace(names=p.names[:2]) for p in environment.PROGRAMS])
+        environment.install_programs()
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return calls, capsys.readouterr().err
+
+    return prepare
+
+
+INSTALL = "install --yes --no-install-recommends {} noninteractive"
+
+
+def test_programs_that_are_there_are_left_alone(system):
+    assert system("ffmpeg", "ffprobe", "chromium-browser", "apt-get") == ([], "")
+
+
+def test_root_gets_missing_programs_from_debian(system):
+    calls, said = system("ffmpeg", "ffprobe", "apt-get", update=False)
+    assert calls == [INSTALL.format("chromium")] and said == "Installing chromium with apt-get ...\n"
+    assert environment.missing_programs() == []
+
+
+def test_package_lists_are_fetched_where_there_are_none(system):
+    calls, said = system("apt-get")
+    install = INSTALL.format("chromium ffmpeg")
+    assert calls == [install, "update noninteractive", install] and len(said.splitlines()) == 1
+    assert "Unable to locate" in environment.LOG.read_text() and environment.missing_programs() == []
+
+
+def test_debian_that_cannot_install_is_one_sentence_more(system):
+    calls, said = system("apt-get", packages=False)
+    assert len(calls) == 3
+    assert said.splitlines()[1].startswith("apt-get could not install ffmpeg and ffprobe and chromium (E: Unable")
+
+
+def test_users_without_rights_are_told_what_to_install(system):
+    calls, said = system("chromium", "ffmpeg", "apt-get", user=1000)
+    assert calls == [] and said == (
+        'ffprobe not found, so that the tests that use it will fail: install it with "sudo apt-get install ffmpeg".\n'
+    )
+
+
+def test_mac_users_are_told_what_to_install(system):
+    calls, said = system(user=501)
+    assert calls == [] and said.endswith('on a Mac with "brew install --cask chromium" and "brew install ffmpeg".\n')
+
+
+def test_tests_ask_for_programs_and_the_demo_does_not(checkout, installed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(environment, "missing_programs", lambda: [environment.PROGRAMS[0]])
+    monkeypatch.setattr(environment, "install_programs", lambda: asked.append("programs"))
+    environment.ensure()
+    assert asked == []
+    environment.ensure(tests=True)
+    assert asked == ["programs"]
 
 
 def test_lock_lets_one_run_in_at_a_time(checkout, tmp_path):

@@ -97,12 +97,10 @@ def test_demo_set_is_small_and_complete(demo):
     paths = set(manifest["files"].values())
     assert paths == {path for path in file_bytes(demo) if path != "manifest.json"}
     assert sum((demo / path).stat().st_size for path in paths) < 60e6
-    assert {path.split("/")[0] for path in paths} == {"diffusion_models", "text_encoders", "vae"}
+    assert {path.split("/")[0] for path in paths} == {"diffusion_models", "loras", "text_encoders", "vae"}
     names = {path.split("/")[1] for path in paths}
-    assert set(manifest["substitutions"]) == {"t2v", "i2v"}
-    for roles in manifest["substitutions"].values():
-        assert set(roles.values()) <= names
-    assert len(set(manifest["substitutions"]["i2v"].values())) == 4
+    assert set(manifest["substitutions"].values()) == names
+    assert len(manifest["substitutions"]) == len(names) == 11
 
 
 def stamps(folder):

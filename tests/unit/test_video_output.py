@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import av
 import pytest
 from apple_silicon_video.tests.unit.video_clips import FORMAT, SOFTWARE, clip, decode, leftovers, number_in, save
-from apple_silicon_video.video import encoding
-from apple_silicon_video.video.encoding import EncoderFailed, encode_video
+from apple_silicon_video.video import container_file
+from apple_silicon_video.video.encode_job import EncoderFailed
+from apple_silicon_video.video.encoding import encode_video
 from apple_silicon_video.video.errors import VideoError
 from apple_silicon_video.video.output_file import OutputFile, numbered_names
-from apple_silicon_video.video.video_formats import QUALITIES, VideoEncoder, load_format, load_formats
+from apple_silicon_video.video.video_formats import FOLDER, QUALITIES, VideoEncoder, load_format, load_formats
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -207,7 +208,9 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
 # ---- encoders and formats
 
 
-NO_SUCH = VideoEncoder("no_such_encoder", None, {}, {quality: {} for quality in QUALITIES})
+NO_SUCH = VideoEncoder(
+    "no_such_encoder", None, {}, {quality: {} for quality in QUALITIES}, "yuv420p", label="no_such_encoder"
+)
 
 
 def test_fallback_is_told_in_one_line(tmp_path, caplog):
@@ -225,15 +228,15 @@ def test_no_encoder_works(tmp_path):
 
 def test_an_encoder_that_gives_up_is_replaced(tmp_path, monkeypatch, caplog):
     """VideoToolbox loses its session when the Mac sleeps: the clip starts over with the next encoder."""
-    real, calls = encoding._packets, []
+    real, calls = container_file.encoded, []
 
-    def lost(stream, picture):
+    def lost(stream, picture, started):
         calls.append(picture)
         if len(calls) == 4:
             raise EncoderFailed(RuntimeError("session lost"), started=True)
-        return real(stream, picture)
+        return real(stream, picture, started)
 
-    monkeypatch.setattr(encoding, "_packets", lost)
+    monkeypatch.setattr(container_file, "encoded", lost)
     twice = replace(SOFTWARE, video_encoders=SOFTWARE.video_encoders * 2)
     path = save(tmp_path / "a.mp4", clip(7), video_format=twice).path
     assert [number_in(picture) for picture in decode(path)] == list(range(7))
@@ -247,16 +250,28 @@ def test_an_encoder_that_gives_up_is_replaced(tmp_path, monkeypatch, caplog):
 def test_every_packet_lasts_one_frame():
     """Not every encoder says how long a picture lasts, and the last one's length is nowhere else."""
     packet = av.Packet(4)
-    packet.time_base = Fraction(1, 90000)
+    packet.time_base, packet.pts, packet.dts = Fraction(1, 90000), 0, 0
     context = SimpleNamespace(framerate=Fraction(30000, 1001))
     stream = SimpleNamespace(codec_context=context, encode=lambda picture: [packet])
-    assert [packet.duration for packet in encoding._packets(stream, None)] == [3003]
+    assert [packet.duration for packet in container_file.encoded(stream, None, False)] == [3003]
+
+
+@pytest.mark.parametrize(("pts", "dts", "wanted"), [(7, -(10**16), 7), (7, None, 7), (7, 8, 7), (7, 5, 5)])
+def test_decoding_times_left_to_chance_are_put_right(pts, dts, wanted):
+    packet = av.Packet(4)
+    packet.time_base, packet.pts, packet.dts = Fraction(1, 24), pts, dts
+    stream = SimpleNamespace(codec_context=SimpleNamespace(framerate=Fraction(24)), encode=lambda picture: [packet])
+    assert [packet.dts for packet in container_file.encoded(stream, None, False)] == [wanted]
 
 
 def test_videotoolbox_comes_first_on_a_mac_only(monkeypatch):
-    for platform, names in (("darwin", ["h264_videotoolbox", "libx264"]), ("linux", ["libx264"])):
+    for platform, names in (
+        ("darwin", ["h264_videotoolbox", "h264_videotoolbox allow_sw=1", "libx264"]),
+        ("linux", ["libx264"]),
+    ):
         monkeypatch.setattr(sys, "platform", platform)
-        assert [encoder.name for encoder in FORMAT.encoders_here()] == names
+        assert [encoder.label for encoder in FORMAT.encoders_here()] == names
+        assert [encoder.label for encoder in FORMAT.encoders_here(software_only=True)] == ["libx264"]
 
 
 @pytest.mark.parametrize(
@@ -264,14 +279,14 @@ def test_videotoolbox_comes_first_on_a_mac_only(monkeypatch):
     [
         ('"container"', '"box"', "no field 'container'"),
         ('"best"', '"better"', "no field 'best'"),
-        ("yuv420p", "yuv411p", "'yuv411p' is none of yuv420p"),
+        ("yuv420p", "yuv411p", "'yuv411p' is none of yuv420p, yuv422p"),
         ("bt709", "bt601", "'bt601' is none of bt709"),
         ("{", "", "cannot be used"),
         ('"video": {', '"video": 3, "v": {', "cannot be used"),
     ],
 )
 def test_a_broken_format_file_is_named(tmp_path, caplog, old, new, words):
-    source = next((Path(encoding.__file__).parent / "formats").glob("h264-mp4.json"))
+    source = FOLDER / "h264-mp4.json"
     shutil.copy(source, tmp_path / "good.json")
     (tmp_path / "mine.json").write_text(source.read_text().replace(old, new, 1))
     with pytest.raises(VideoError, match=words) as caught:
