@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..video.geometry import LARGEST_SIDE, MODES, MULTIPLES
+from .video_paths import file_fingerprint, find, input_videos, path_problem, sequence_path
 
 CATEGORY = "Apple Silicon Video/video"
 MOST_FRAMES = 1_000_000
@@ -141,7 +141,7 @@ class LoadVideo(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_input_videos(),
+                    options=input_videos(),
                     upload=io.UploadType.video,
                     tooltip="A video in ComfyUI's input folder; the button uploads one.",
                 ),
@@ -162,7 +162,7 @@ class LoadVideo(io.ComfyNode):
     def fingerprint_inputs(cls, file: str, **options: Any) -> Any:
         import folder_paths
 
-        return _fingerprint(Path(folder_paths.get_annotated_filepath(file)))
+        return file_fingerprint(Path(folder_paths.get_annotated_filepath(file)))
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
@@ -207,11 +207,11 @@ class LoadVideoPath(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
-        return _fingerprint(_find(path))
+        return file_fingerprint(find(path))
 
     @classmethod
     def validate_inputs(cls, path: str = "") -> bool | str:
-        return _path_problem(path) or True
+        return path_problem(path) or True
 
 
 class LoadImageSequence(io.ComfyNode):
@@ -256,7 +256,7 @@ class LoadImageSequence(io.ComfyNode):
         from ..video.errors import VideoError
         from ..video.image_sequence import find_images, read_images
 
-        found = find_images(_sequence_path(path)).files
+        found = find_images(sequence_path(path)).files
         files = found[start_image:] if start_image >= -len(found) else found
         files = files[:: options["every_nth"]][: options["frame_limit"] or None]
         if not files:
@@ -275,7 +275,7 @@ class LoadImageSequence(io.ComfyNode):
         from ..video.image_sequence import find_images, fingerprint
 
         try:
-            return json.dumps(fingerprint(find_images(_sequence_path(path)).files))
+            return json.dumps(fingerprint(find_images(sequence_path(path)).files))
         except (VideoError, OSError):
             return ""
 
@@ -287,7 +287,7 @@ class LoadImageSequence(io.ComfyNode):
         if not path.strip():
             return "The path is empty; enter a folder or a name with * or %04d for the number."
         try:
-            find_images(_sequence_path(path))
+            find_images(sequence_path(path))
         except VideoError as error:
             return str(error)
         return True
@@ -335,11 +335,11 @@ class VideoInfo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
-        return _fingerprint(_find(path))
+        return file_fingerprint(find(path))
 
     @classmethod
     def validate_inputs(cls, path: str = "") -> bool | str:
-        return _path_problem(path) or True
+        return path_problem(path) or True
 
 
 class GetFrame(io.ComfyNode):
@@ -384,11 +384,11 @@ class GetFrame(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
-        return _fingerprint(_find(path))
+        return file_fingerprint(find(path))
 
     @classmethod
     def validate_inputs(cls, path: str = "") -> bool | str:
-        return _path_problem(path) or True
+        return path_problem(path) or True
 
 
 def _path_input() -> Any:
@@ -406,60 +406,6 @@ def _video_input() -> Any:
     return io.Video.Input("video", optional=True, tooltip="The VIDEO of another node, instead of a path.")
 
 
-def _input_videos() -> list[str]:
-    """Videos, GIF and WebP files in the input folder."""
-    import folder_paths
-
-    folder = folder_paths.get_input_directory()
-    files = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
-    moving = [name for name in files if name.lower().endswith((".gif", ".webp"))]
-    return sorted({*folder_paths.filter_files_content_types(files, ["video"]), *moving})
-
-
-def _find(path: str) -> Path:
-    """A path as entered: absolute, or in the input, output or temporary folder."""
-    import folder_paths
-
-    entered = Path(path.strip().strip('"')).expanduser()
-    if entered.is_absolute():
-        return entered
-    folders = (
-        folder_paths.get_input_directory(),
-        folder_paths.get_output_directory(),
-        folder_paths.get_temp_directory(),
-    )
-    places = [Path(folder, entered) for folder in folders]
-    return next((place for place in places if place.exists()), places[0])
-
-
-def _sequence_path(path: str) -> Path:
-    """The same for a pattern: the first place whose folder has a match."""
-    import folder_paths
-
-    entered = Path(path.strip().strip('"')).expanduser()
-    if entered.is_absolute() or _find(path).exists():
-        return _find(path)
-    folders = (
-        folder_paths.get_input_directory(),
-        folder_paths.get_output_directory(),
-        folder_paths.get_temp_directory(),
-    )
-    places = [Path(folder, entered) for folder in folders]
-    return next((place for place in places if place.parent.is_dir()), places[0])
-
-
-def _path_problem(path: str) -> str | None:
-    """Why a path cannot be used; an empty one is left to `_chosen`, since a video may be connected."""
-    if not (path or "").strip():
-        return None
-    found = _find(path)
-    if found.is_dir():
-        return f"{found} is a folder; enter a video file."
-    if not found.exists():
-        return f"{path} does not exist; enter an absolute path, or a name in the input or output folder."
-    return None
-
-
 def _chosen(path: str, video: Any) -> Any:
     from ..video.errors import VideoError
 
@@ -467,16 +413,7 @@ def _chosen(path: str, video: Any) -> Any:
         return video
     if not path.strip():
         raise VideoError("There is no video; connect one or enter a path.")
-    return _find(path)
-
-
-def _fingerprint(path: Path) -> str:
-    """Changes when the file does; without its name, since ComfyUI stores the value in what it saves."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return "missing"
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    return find(path)
 
 
 def _frame_size(options: dict[str, Any]) -> Any:

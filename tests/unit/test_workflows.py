@@ -21,8 +21,11 @@ def test_there_are_no_other_files():
 def test_every_model_file_has_a_download_and_is_in_the_note(name):
     graph = json.loads((build_workflows.WORKFLOWS / f"{name}.json").read_text())
     note = next(node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote")
-    loaders = [node for node in graph["nodes"] if node["type"].startswith("MPSLoad")]
-    assert len(loaders) >= 3
+    loaders = [node for node in graph["nodes"] if node["properties"].get("models")]
+    named = {
+        value for node in graph["nodes"] for value in node["widgets_values"] if str(value) in build_workflows.FILES
+    }
+    assert len(loaders) >= 3 and named == {node["widgets_values"][0] for node in loaders}
     for node in loaders:
         (model,) = node["properties"]["models"]
         assert model["name"] == node["widgets_values"][0] == model["url"].rsplit("/", 1)[1]
