@@ -1,5 +1,6 @@
 """One Chromium for all browser tests of a worker, and one server for each pinned ComfyUI with its own front end."""
 
+import apple_silicon_video.tests.scripts_path  # noqa: F401
 import build_workflows
 import pytest
 from apple_silicon_video.tests.comfyui.server import server
@@ -8,6 +9,8 @@ from PIL import Image
 
 from .frontends import frontend
 from .pages import chromium
+
+import demo  # isort: skip
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +28,7 @@ def comfy(request, tmp_path_factory):
         (base / "models" / directory / name).touch()
     (base / "input").mkdir()
     Image.new("RGB", (64, 64)).save(base / "input" / "example.png")
+    (base / "input" / "example.mp4").write_bytes(demo.moving_gradient())
     arguments = ["--cpu", "--front-end-root", str(frontend(request.param))]
     with server(request.param, base, arguments=arguments) as running:
         yield running

@@ -19,6 +19,7 @@ from _pack import load_pack  # noqa: E402
 load_pack()
 
 import build_workflows  # noqa: E402
+import demo  # noqa: E402
 from apple_silicon_video.tests.browser.frontends import frontend  # noqa: E402
 from apple_silicon_video.tests.browser.pages import FrontEnd, chromium  # noqa: E402
 from apple_silicon_video.tests.comfyui.server import server  # noqa: E402
@@ -27,21 +28,23 @@ from PIL import Image  # noqa: E402
 
 WIDTH, QUALITY = 1280, 82
 MARGIN = 30  # pixels of the picture around the groups
-FIT = """([margin, bar]) => {
+SIDE = 75  # pixels that the front end's own bar takes at the left
+FIT = """([margin, side, bar]) => {
     const canvas = window.app.canvas, groups = window.app.graph._groups
     const left = Math.min(...groups.map(g => g._bounding[0])), top = Math.min(...groups.map(g => g._bounding[1]))
     const right = Math.max(...groups.map(g => g._bounding[0] + g._bounding[2]))
     const bottom = Math.max(...groups.map(g => g._bounding[1] + g._bounding[3]))
-    const element = canvas.canvas, width = element.clientWidth - 2 * margin, height = element.clientHeight - bar - 2 * margin
+    const element = canvas.canvas
+    const width = element.clientWidth - side - 2 * margin, height = element.clientHeight - bar - 2 * margin
     const scale = Math.min(width / (right - left), height / (bottom - top))
     canvas.ds.scale = scale
-    canvas.ds.offset[0] = margin / scale - left
+    canvas.ds.offset[0] = (margin + side) / scale - left
     canvas.ds.offset[1] = (margin + bar) / scale - top
     canvas.setDirty(true, true)
     return [(right - left) * scale + 2 * margin, (bottom - top) * scale + 2 * margin]
 }"""
 SETTINGS = {"Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False, "Comfy.Minimap.Visible": False}
-BAR = 60  # pixels that the front end's own bars take at the top
+BAR = 76  # pixels that the front end's own bars take at the top
 
 
 def main(names: list[str]) -> None:
@@ -54,6 +57,7 @@ def main(names: list[str]) -> None:
             (base / "models" / directory / name).touch()
         (base / "input").mkdir()
         Image.new("RGB", (832, 480), "#6b7a99").save(base / "input" / "example.png")
+        (base / "input" / "example.mp4").write_bytes(demo.moving_gradient())
         arguments = ["--cpu", "--front-end-root", str(frontend(version))]
         with (
             server(version, base, arguments=arguments) as comfy,
@@ -63,10 +67,10 @@ def main(names: list[str]) -> None:
             for name in names or build_workflows.TABLE:
                 page.load(json.loads((build_workflows.WORKFLOWS / f"{name}.json").read_text()))
                 page.page.wait_for_timeout(1500)
-                size = page.page.evaluate(FIT, [MARGIN, BAR])
+                size = page.page.evaluate(FIT, [MARGIN, SIDE, BAR])
                 page.page.wait_for_timeout(700)
                 box = page.page.locator("#graph-canvas").bounding_box()
-                clip = {"x": box["x"], "y": box["y"] + BAR, "width": min(size[0], box["width"]), "height": size[1]}
+                clip = {"x": box["x"] + SIDE, "y": box["y"] + BAR, "width": size[0], "height": size[1]}
                 picture = Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")
                 picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
                 picture.save(build_workflows.WORKFLOWS / f"{name}.jpg", quality=QUALITY, optimize=True)
