@@ -140,9 +140,21 @@ class Pair:
 
     def sample(self, positive: parts.Link, negative: parts.Link, latent: parts.Link) -> list[Node]:
         """The two samplers, one after the other."""
-        settings = {"steps": self.steps, "cfg": self.cfg, "change": self.change}
-        high = parts.expert(self.watched[0], positive, negative, latent, **settings, first=True)
-        return [high, parts.expert(self.watched[1], positive, negative, (high, 0), **settings, first=False)]
+
+        def expert(index: int, start: parts.Link) -> Node:
+            return parts.expert(
+                self.watched[index],
+                positive,
+                negative,
+                start,
+                steps=self.steps,
+                cfg=self.cfg,
+                change=self.change,
+                first=index == 0,
+            )
+
+        high = expert(0, latent)
+        return [high, expert(1, (high, 0))]
 
     def column(self, samplers: list[Node]) -> list[Node]:
         """Everything of the sampling stage."""

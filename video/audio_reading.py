@@ -145,8 +145,8 @@ def _silence(source: Source, channels: int, samples: int, rate: int) -> np.ndarr
         return np.zeros((channels, samples), np.float32)
     except MemoryError:
         raise VideoError(
-            f"The sound of {name_of(source)} is said to last {samples / rate / 3600:.1f} hours, more than memory holds; "
-            "choose a shorter part of it."
+            f"The sound of {name_of(source)} is said to last {samples / rate / 3600:.1f} hours, more than memory "
+            "holds; choose a shorter part of it."
         ) from None
 
 
