@@ -31,7 +31,7 @@ def small(graph, names, image=None):
     for node in graph.values():
         inputs = node["inputs"]
         kind = node["class_type"]
-        if kind == "MPSLoadTextEncoder":
+        if kind == "MPSEncodePrompts":
             inputs["clip_name"] = names["text_encoder"]
         elif kind == "MPSLoadVAE":
             inputs["vae_name"] = names["vae"]
@@ -63,6 +63,20 @@ def with_lora(graph, lora, strength=0.8):
     return graph
 
 
+def with_text_nodes(graph, loader="MPSLoadTextEncoder", **options):
+    """The graph with a text encoder's loader and two CLIPTextEncode in place of Encode Prompts."""
+    graph = copy.deepcopy(graph)
+    for key in nodes(graph, "MPSEncodePrompts"):
+        inputs = graph.pop(key)["inputs"]
+        chosen = {"clip_name": inputs["clip_name"], "type": inputs["type"], "device": "auto"} | options
+        graph[f"clip{key}"] = {"class_type": loader, "inputs": chosen}
+        for slot, name in enumerate(("positive", "negative")):
+            text = {"clip": [f"clip{key}", 0], "text": inputs[name]}
+            graph[f"{name}{key}"] = {"class_type": "CLIPTextEncode", "inputs": text}
+            rewire(graph, key, slot, f"{name}{key}")
+    return graph
+
+
 def rewire(graph, source, slot, target):
     """Let everything that takes output ``slot`` of ``source`` take output 0 of ``target`` instead."""
     for node in graph.values():
@@ -73,7 +87,7 @@ def rewire(graph, source, slot, target):
 
 def with_core_loaders(graph, references, config):
     """The graph with core's loaders on decoded weights instead of the pack's; references: file -> decoded file."""
-    graph = copy.deepcopy(graph)
+    graph = with_text_nodes(graph)
     for key, node in list(graph.items()):
         inputs, kind = node["inputs"], node["class_type"]
         if kind == "MPSLoadDiffusionModel":
@@ -84,6 +98,13 @@ def with_core_loaders(graph, references, config):
             graph[key] = {"class_type": "CoreCLIPLoader", "inputs": replaced}
         elif kind == "MPSLoadVAE":
             graph[key] = {"class_type": "VAELoader", "inputs": {"vae_name": inputs["vae_name"]}}
+        elif kind == "MPSMemoryGovernor":
+            source, slot = inputs["model"]
+            del graph[key]
+            for other in graph.values():
+                for name, value in other["inputs"].items():
+                    if value == [key, 0]:
+                        other["inputs"][name] = [source, slot]
         elif kind == "MPSSaveVideo":
             del graph[key]
     return graph

@@ -11,7 +11,19 @@ import pytest
 from PIL import Image
 from small_models import ENCODERS, encoder_config, make_set
 
-from .graphs import I2V, SIZE, T2V, nodes, rewire, small, with_core_loaders, with_lora, with_tensor, workflow
+from .graphs import (
+    I2V,
+    SIZE,
+    T2V,
+    nodes,
+    rewire,
+    small,
+    with_core_loaders,
+    with_lora,
+    with_tensor,
+    with_text_nodes,
+    workflow,
+)
 from .server import server
 from .trees import VERSIONS
 
@@ -105,7 +117,7 @@ def test_equals_core(comfy, models, first_frame, name, recipe, lora):
 @pytest.mark.slow
 def test_lora_on_model_and_text_encoder_and_tiled_decoding(comfy, models):
     api, _ = workflow(T2V)
-    graph = small(api, names(models, T2V, "Q5_K_M"))
+    graph = with_text_nodes(small(api, names(models, T2V, "Q5_K_M")))
     model, clip = nodes(graph, "MPSLoadDiffusionModel")[0], nodes(graph, "MPSLoadTextEncoder")[0]
     rewire(graph, model, 0, "lora")
     for key in nodes(graph, "CLIPTextEncode"):
