@@ -13,7 +13,7 @@ import comfy.model_management
 import comfyui_version
 import folder_paths
 
-from .comfy_models import unload_models
+from .comfy_models import have_device_to_itself, unload_models
 from .prompt_cache import PromptCache, file_fingerprint
 from .release import release_memory
 
@@ -70,6 +70,7 @@ def encode_prompts(
 
 def _encode(texts: list[str], load: Callable[[], Any]) -> dict[str, Any]:
     clip = load()
+    have_device_to_itself(clip.patcher)
     encoded = {}
     try:
         for text in texts:

@@ -42,6 +42,15 @@ def run_succeeded(run: str) -> bool:
     return ((entry or {}).get("status") or {}).get("status_str") == "success"
 
 
+def forget_results_after_run() -> bool:
+    """Have ComfyUI forget all stored results of nodes once the running prompt ends; whether there is a queue to ask."""
+    queue = getattr(_instance(), "prompt_queue", None)
+    if queue is None:
+        return False
+    queue.set_flag("free_memory", True)
+    return True
+
+
 def on_every_prompt(call: Callable[[], None]) -> None:
     """Have ``call`` called whenever a prompt is queued."""
 

@@ -18,15 +18,16 @@ from .telemetry import MemorySnapshot, take_snapshot
 
 @dataclass(frozen=True)
 class ReleaseReport:
-    """Memory before and after, and the names of the models that were unloaded."""
+    """Memory before and after, the names of the models that were unloaded, and a line for whatever else was dropped."""
 
     before: MemorySnapshot
     after: MemorySnapshot
     unloaded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """A line for each known figure: GiB before, after, and the difference."""
-        lines = [f"Unloaded: {', '.join(self.unloaded) or 'nothing'}"]
+        """What was released, and a line for each known figure: GiB before, after, and the difference."""
+        lines = [f"Unloaded: {', '.join(self.unloaded) or 'nothing'}", *self.dropped]
         for label, name in ROWS:
             before, after = getattr(self.before, name), getattr(self.after, name)
             if before is not None and after is not None:
@@ -39,17 +40,23 @@ class ReleaseReport:
         return "\n".join(lines)
 
 
-def release_memory(unload: Callable[[], list[str]] | None = None, empty_cache: bool = True) -> ReleaseReport:
+def release_memory(
+    unload: Callable[[], list[str]] | None = None,
+    empty_cache: bool = True,
+    drop: Callable[[], list[str]] | None = None,
+) -> ReleaseReport:
     """Free what can be freed now, on any machine.
 
     unload: takes models off their devices, drops what it held, and returns their names; None leaves them.
-    empty_cache: return the MPS allocator's unused buffers to the system.
+    drop: gives up other references and returns a line about each. empty_cache: return the MPS allocator's unused
+    buffers to the system.
     """
     before = take_snapshot()
     unloaded = tuple(unload()) if unload is not None else ()
+    dropped = tuple(drop()) if drop is not None else ()
     gc.collect()
     if torch.backends.mps.is_available():
         torch.mps.synchronize()
         if empty_cache:
             torch.mps.empty_cache()
-    return ReleaseReport(before, take_snapshot(), unloaded)
+    return ReleaseReport(before, take_snapshot(), unloaded, dropped)

@@ -243,13 +243,9 @@ def in_chunks(request: AttentionRequest, reason: str) -> AttentionPlan:
     limits, k_len = request.limits, request.k_len
     rows = max(1, min(request.q_len, limits.rows))
     keys = _even(k_len, limits.keys)
-    while rows > MIN_ROWS and (
-        _bytes(request, 1, rows, keys) > request.budget or rows * keys >= limits.score_elements
-    ):
+    while rows > MIN_ROWS and (_bytes(request, 1, rows, keys) > request.budget or rows * keys >= limits.score_elements):
         rows = max(MIN_ROWS, rows // 2)
-    while keys > MIN_KEYS and (
-        _bytes(request, 1, rows, keys) > request.budget or rows * keys >= limits.score_elements
-    ):
+    while keys > MIN_KEYS and (_bytes(request, 1, rows, keys) > request.budget or rows * keys >= limits.score_elements):
         keys = _even(k_len, max(MIN_KEYS, keys // 2))
     most = 1
     if keys == k_len:  # slices of several heads would not be contiguous

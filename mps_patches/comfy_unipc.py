@@ -129,7 +129,7 @@ def _weight_error(core: Any, device: torch.device, sigmas: list[float], i: int, 
     )
     exact = torch.tensor(sigmas, dtype=torch.float32).double()
     weights = step_weights((-exact[i - 3 : i + 1].log()).tolist(), variant)
-    factor = -(1 + exact[i].item() ** 2) ** -0.5 * weights.base
+    factor = -((1 + exact[i].item() ** 2) ** -0.5) * weights.base
     right = _places(weights)
     values = found.flatten().cpu().double() / factor
     return max(abs(values[place].item() - value) for place, value in right.items())

@@ -36,9 +36,7 @@ def causal_in_half(original: Function) -> Function:
             mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device).tril()
             return original(query, key, value, mask, dropout_p, False, **options)
         batch, heads, _, head_dim = query.shape
-        request = AttentionRequest(
-            batch, heads, q_len, k_len, head_dim, query.dtype, (2, 6), BUDGET, value.shape[-1]
-        )
+        request = AttentionRequest(batch, heads, q_len, k_len, head_dim, query.dtype, (2, 6), BUDGET, value.shape[-1])
         plan = in_chunks(request, "a causal mask of this size is not formed at once")
         return attend(query, key, value, plan, scale=options.get("scale"), causal=True)
 

@@ -13,9 +13,11 @@ from . import (
     long_runs,
     memory,
     patches,
+    plan_memory,
     prompts,
     quantize,
     reduce_memory,
+    vae,
     video,
 )
 from .folders import register_gguf_folders
@@ -26,7 +28,9 @@ NODES: list[type[io.ComfyNode]] = [
     *load_video.NODES,
     *video.NODES,
     *edit_video.NODES,
+    *vae.NODES,
     *memory.NODES,
+    *plan_memory.NODES,
     *long_runs.NODES,
     *reduce_memory.NODES,
     *patches.NODES,

@@ -44,6 +44,25 @@ class FreeMemory(io.ComfyNode):
                     default=True,
                     tooltip="Return the MPS allocator's unused memory to the system.",
                 ),
+                io.Boolean.Input(
+                    "drop_patches",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Take models that carry LoRAs or other patches off the GPU even if unload_models is off, and "
+                        "forget their patched weights."
+                    ),
+                ),
+                io.Combo.Input(
+                    "drop_caches",
+                    options=["keep", "files", "everything"],
+                    default="files",
+                    optional=True,
+                    tooltip=(
+                        "files: pages of model files that were read into RAM; everything: also ComfyUI's stored "
+                        "results of all nodes when this run ends, so that the next run computes them anew; keep: none."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -59,11 +78,17 @@ class FreeMemory(io.ComfyNode):
         return float("nan")  # a new one each time: core's cache compares identity first, and math.nan is one object
 
     @classmethod
-    def execute(cls, unload_models: bool, empty_cache: bool, anything: Any = None) -> io.NodeOutput:
-        from ..memory import comfy_models
-        from ..memory.release import release_memory
+    def execute(
+        cls,
+        unload_models: bool,
+        empty_cache: bool,
+        drop_patches: bool = False,
+        drop_caches: Any = "files",
+        anything: Any = None,
+    ) -> io.NodeOutput:
+        from ..memory.comfy_models import free_memory
 
-        report = release_memory(comfy_models.unload_models if unload_models else None, empty_cache).text()
+        report = free_memory(unload_models, empty_cache, drop_patches, drop_caches).text()
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(anything, report, ui=ui.PreviewText(report))
 

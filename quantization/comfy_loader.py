@@ -24,6 +24,7 @@ import torch
 
 from ..memory.comfy_activations import reduce_activations
 from ..memory.comfy_runs import watch_runs
+from ..memory.comfy_vae_stages import stream_vae
 from ..mps_patches.comfy_attention import patch_model
 from ..mps_patches.comfy_vae import patch_vae
 from . import t5
@@ -456,4 +457,4 @@ def load_vae(path: Path, dtype: torch.dtype | None = None) -> Any:
         vae = comfy.sd.VAE(sd=state_dict, dtype=dtype, metadata=metadata)
     if vae.first_stage_model is None:
         raise ModelFileError(f"{path.name} is no VAE that this ComfyUI knows: choose a file made for models/vae.")
-    return patch_vae(vae)
+    return stream_vae(patch_vae(vae))

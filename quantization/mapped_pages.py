@@ -50,6 +50,14 @@ def release(tensor: torch.Tensor) -> int:
     return 0 if failed else last - first
 
 
+def release_all() -> int:
+    """Drop the pages of every registered mapping, used or not; return how many mappings that were."""
+    if sys.platform not in ("linux", "darwin"):
+        return 0
+    with _lock:
+        return sum(_madvise(start, stop - start) == 0 for start, stop in _mappings)
+
+
 def _madvise(address: int, length: int) -> int:
     call = ctypes.CDLL(None, use_errno=True).madvise
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -1,6 +1,6 @@
-"""Writes the README's generated tables between their markers; ``--check`` only compares and fails on a difference.
+"""Writes the generated tables of README.md and README.zh-CN.md between their markers; ``--check`` only compares.
 
-``<!-- defects -->`` ... ``<!-- /defects -->`` holds the table of known MPS defects, from mps_patches/registry.py.
+``<!-- defects -->`` ... ``<!-- /defects -->`` holds the table of known MPS defects, and so on: readme_tables.SECTIONS.
 """
 
 from __future__ import annotations
@@ -9,55 +9,47 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from _pack import ROOT, load_pack
+from _pack import ROOT
+from readme_tables import SECTIONS, Language
 
-README = ROOT / "README.md"
-
-
-def defects() -> str:
-    """Symptom, trigger, upstream reference and cure of every known defect."""
-    load_pack()
-    from apple_silicon_video.mps_patches.registry import DEFECTS, treatment
-
-    rows = ["| id | what you see | when | upstream | what the pack does |", "|---|---|---|---|---|"]
-    for defect in DEFECTS.values():
-        cells = (defect.id, defect.symptom, defect.trigger, " ".join(defect.upstream), treatment(defect))
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+READMES: dict[Path, Language] = {ROOT / "README.md": "en", ROOT / "README.zh-CN.md": "zh"}
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"defects": defects}
-
-
-def built(text: str) -> str:
-    """The README with every generated section as it should be."""
+def built(text: str, language: Language) -> str:
+    """A README with every generated section as it should be."""
     for name, make in SECTIONS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n)(?:.*?\n)?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no section {name}: put its two markers back.")
-        content = make()
-        text = pattern.sub(lambda match, content=content: match[1] + content + "\n" + match[2], text)  # type: ignore[misc]
+        match = pattern.search(text)
+        if match is None:
+            raise SystemExit(f"The README ({language}) has no section {name}: put its two markers back.")
+        content = make(language)
+        text = text[: match.end(1)] + (content + "\n" if content else "") + text[match.start(2) :]
     return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare only")
+    parser.add_argument("--check", action="store_true", help="compare only; fail on a difference")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    wanted = built(text)
-    if wanted == text:
-        return 0
+    stale = {path: new for path, language in READMES.items() if (new := _built_file(path, language)) is not None}
     if options.check:
-        print("README.md is not current: run scripts/build_readme.py and commit the result.", file=sys.stderr)
-        return 1
-    aside: Path = README.with_suffix(".partial")
-    aside.write_text(wanted, encoding="utf-8")
-    os.replace(aside, README)
+        for path in stale:
+            print(f"{path.name} is not current: run scripts/build_readme.py and commit the result.", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in stale.items():
+        aside = path.with_suffix(".partial")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
     return 0
+
+
+def _built_file(path: Path, language: Language) -> str | None:
+    """What a file should be; None where it is that already."""
+    text = path.read_text(encoding="utf-8")
+    wanted = built(text, language)
+    return None if wanted == text else wanted
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def note(title: str, files: list[str], advice: str) -> Node:
         for name in files
     )
     text = f"## {title}\n\n| file | size | folder |\n|---|---|---|\n{rows}\n\n{advice}"
-    return Node("MarkdownNote", widgets={"~text": text}, title="Read me", width=560, height=520)
+    return Node("MarkdownNote", widgets={"~text": text}, title="Read me", width=560, height=760)
 
 
 def diffusion_model(name: str, title: str | None = None) -> Node:

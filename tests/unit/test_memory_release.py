@@ -15,6 +15,9 @@ from apple_silicon_video.memory.comfy_models import unload_models
 from apple_silicon_video.memory.release import ReleaseReport, release_memory
 from apple_silicon_video.memory.report import memory_report, meter_figures
 from apple_silicon_video.memory.telemetry import MemorySnapshot, parse_swapusage, parse_vm_stat, take_snapshot
+from apple_silicon_video.quantization import mapped_pages
+from apple_silicon_video.quantization.safetensors_file import SafetensorsFile
+from safetensors.torch import save_file
 
 GIB = 1 << 30
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -214,6 +217,19 @@ def test_every_device_is_unloaded(monkeypatch):
     assert unload_models() == ["Linear", "Cycle"]
     assert sorted(freed[:-1]) == [(1e30, "cpu"), (1e30, "mps")] and freed[-1] == (0, "cleanup")
     assert management.current_loaded_models == []
+
+
+def test_pages_of_model_files_are_dropped(tmp_path):
+    """What was read from a file that is still mapped leaves the process; its numbers stay."""
+    size = 64 << 20
+    save_file({"weight": torch.arange(size, dtype=torch.int32).to(torch.uint8)}, tmp_path / "big.safetensors")
+    file = SafetensorsFile(tmp_path / "big.safetensors")
+    weight = file.raw("weight")
+    total = int(weight.sum())
+    before = take_snapshot().process
+    assert mapped_pages.release_all() >= 1
+    assert before - take_snapshot().process > size * 3 // 4
+    assert int(weight.sum()) == total
 
 
 def test_process_id_is_ours(monkeypatch):

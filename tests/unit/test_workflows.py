@@ -4,6 +4,7 @@ import json
 
 import build_workflows
 import pytest
+from workflow_plans import planned
 
 FILES = build_workflows.workflow_files()
 
@@ -37,3 +38,13 @@ def test_sampler_is_euler_on_a_mac(name):
     prompt = json.loads((build_workflows.WORKFLOWS / "api" / f"{name}.json").read_text())
     samplers = [node["inputs"]["sampler_name"] for node in prompt.values() if "sampler_name" in node["inputs"]]
     assert samplers and set(samplers) == {"euler"}
+
+
+@pytest.mark.parametrize("name", build_workflows.TABLE)
+def test_plan_fits_its_tier_and_stands_in_the_note(name):
+    row = build_workflows.TABLE[name]
+    made = planned(row)
+    assert name.endswith(f"_{row.memory}gb") and made.machine.ram == row.memory << 30
+    assert made.verdict == "fits" and made.peak.device <= made.machine.recommended
+    note = next(node for node in build_workflows.drawn(row).nodes() if node.kind == "MarkdownNote").widgets["~text"]
+    assert all(f"| {stage.name} | {stage.device / (1 << 30):.1f} GiB |" in note for stage in made.stages)
