@@ -98,7 +98,7 @@ DEFECTS = (
         affected="seen on torch 2.13",
         upstream=(),
         seam="none",
-        advice="Do not set PYTORCH_ENABLE_MPS_FALLBACK for video runs; this pack's own paths never fall back.",
+        advice="Set PYTORCH_ENABLE_MPS_FALLBACK=0 to see which operation falls back; this pack's own never do.",
         probe=None,
         cure=None,
         reference="",

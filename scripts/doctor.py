@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -31,9 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     memory = {name: value for name, value in asdict(take_snapshot()).items() if value is not None}
     diagnosis = doctor.diagnose(quick=options.quick, memory=memory)
     if options.json:
-        print(json.dumps(diagnosis.as_dict(), indent=2))
+        text = json.dumps(diagnosis.as_dict(), indent=2)
     else:
-        print(doctor_views.to_markdown(diagnosis) if options.markdown else doctor_views.to_table(diagnosis))
+        text = doctor_views.to_markdown(diagnosis) if options.markdown else doctor_views.to_table(diagnosis)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if diagnosis.count(doctor.DEFECT) else 0
 
 

@@ -83,7 +83,7 @@ def save(
     tags = {} if args.disable_metadata else workflow_tags(hidden.prompt, hidden.extra_pnginfo)
     with ExitStack() as stack:
         clip = _clip_of_images(images, mask, audio, fps) if images is not None else _clip_of(video, mask, audio, stack)
-        folder, stem, counter, subfolder = _output_name(settings.filename_prefix, *clip.size)
+        folder, stem, counter, subfolder = output_name(settings.filename_prefix, *clip.size)
         names = numbered_names(folder, stem, counter, video_format.suffix)
         run = _Run(clip, video_format, settings, tags)
         copied = clip.file is not None and _may_copy(settings, mask, audio) and fits(clip.file, video_format)
@@ -92,7 +92,7 @@ def save(
             stems = (saved.path.with_name(f"{saved.path.stem}{more}.png") for more in _suffixes())
             save_picture(stems, run.first, tags)
         preview = run.finish_preview()
-    shown = _shown(video_format, ui.SavedResult(saved.path.name, subfolder, io.FolderType.output), preview)
+    shown = shown_result(video_format, ui.SavedResult(saved.path.name, subfolder, io.FolderType.output), preview)
     return io.NodeOutput(_video_output(saved, video_format, clip, video), str(saved.path), ui=shown)
 
 
@@ -174,7 +174,7 @@ class _Run:
             audio=self._clip.audio,
             audio_codec=settings.audio_codec,
             metadata=self._tags,
-            encoder_options=_parsed(settings.encoder_options),
+            encoder_options=parsed_options(settings.encoder_options),
             software_only=settings.software_only,
             loops=self._loops,
             on_frame=self._on_frame,
@@ -221,16 +221,16 @@ class _Run:
         throw_exception_if_processing_interrupted()
         preview, now = None, time.monotonic()
         if self._live and done and self._last is not None and now - self._shown_at >= PREVIEW_SECONDS:
-            preview, self._shown_at = ("JPEG", _picture(self._last), LONG_SIDE), now
+            preview, self._shown_at = ("JPEG", preview_picture(self._last), LONG_SIDE), now
         self._bar.update_absolute(done, preview=preview)
 
 
-def _picture(frame: Tensor) -> Image.Image:
+def preview_picture(frame: Tensor) -> Image.Image:
     small = small_picture(frame, LONG_SIDE).nan_to_num(nan=0.0).clamp(0, 1)
     return Image.fromarray((small * 255).round().to("cpu", torch.uint8).numpy())
 
 
-def _shown(video_format: VideoFormat, saved: ui.SavedResult, preview: Path | None) -> Any:
+def shown_result(video_format: VideoFormat, saved: ui.SavedResult, preview: Path | None) -> Any:
     """What the front end displays: the file, or the small copy of it."""
     if video_format.preview == "image":
         return ui.SavedImages(
@@ -259,7 +259,7 @@ def _video_output(saved: EncodedVideo, video_format: VideoFormat, clip: _Clip, v
     return InputImpl.VideoFromComponents(parts)
 
 
-def _parsed(options: str) -> dict[str, str]:
+def parsed_options(options: str) -> dict[str, str]:
     """ "preset=slow tune=film" as a dict."""
     pairs = [part.partition("=") for part in options.replace(",", " ").split()]
     for name, equals, value in pairs:
@@ -278,7 +278,7 @@ def _suffixes() -> Iterable[str]:
         number += 1
 
 
-def _output_name(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
+def output_name(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
     """Folder, name, first free number and subfolder that ComfyUI gives to a prefix."""
     try:
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(

@@ -18,7 +18,15 @@ from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
 from .comfy_formats import formats
-from .comfy_saving import PREVIEW_PREFIX, PREVIEW_SECONDS, Settings, _output_name, _parsed, _picture, _shown
+from .comfy_saving import (
+    PREVIEW_PREFIX,
+    PREVIEW_SECONDS,
+    Settings,
+    output_name,
+    parsed_options,
+    preview_picture,
+    shown_result,
+)
 from .encoding import VideoWriter, frame_rate, picture_size
 from .errors import VideoError
 from .metadata import workflow_tags
@@ -39,7 +47,7 @@ class StreamedSave:
         if self._format.writer != "container":
             raise VideoError(f"{settings.format} takes all frames at once; decode to images and use Save Video for it.")
         self._audio, self._fps, self._settings = audio, frame_rate(fps), settings
-        self._options = _parsed(settings.encoder_options)
+        self._options = parsed_options(settings.encoder_options)
         self._tags = {} if args.disable_metadata else workflow_tags(hidden.prompt, hidden.extra_pnginfo)
         self._stack = ExitStack()
         self._writer: VideoWriter | None = None
@@ -70,7 +78,7 @@ class StreamedSave:
         if self._last is None or now - self._shown_at < PREVIEW_SECONDS:
             return None
         self._shown_at = now
-        return "JPEG", _picture(self._last), LONG_SIDE
+        return "JPEG", preview_picture(self._last), LONG_SIDE
 
     def finish(self) -> io.NodeOutput:
         """Complete the file: the node's VIDEO and path with what the front end displays."""
@@ -78,13 +86,14 @@ class StreamedSave:
             raise VideoError("There are no frames to save; check the nodes before this one.")
         saved = self._writer.finish()
         preview = self._copy.finish() if self._copy is not None else None
-        shown = _shown(self._format, ui.SavedResult(saved.path.name, self._subfolder, io.FolderType.output), preview)
+        result = ui.SavedResult(saved.path.name, self._subfolder, io.FolderType.output)
+        shown = shown_result(self._format, result, preview)
         return io.NodeOutput(InputImpl.VideoFromFile(str(saved.path)), str(saved.path), ui=shown)
 
     def _begin(self, frames: Tensor) -> VideoWriter:
         """Open the file, and the small copy where a browser cannot play it, when the frames' size is known."""
         size = picture_size(frames)
-        folder, stem, counter, self._subfolder = _output_name(self._settings.filename_prefix, *size)
+        folder, stem, counter, self._subfolder = output_name(self._settings.filename_prefix, *size)
         self._writer = self._stack.enter_context(
             VideoWriter(
                 numbered_names(folder, stem, counter, self._format.suffix),

@@ -4,6 +4,7 @@ import json
 
 import build_workflows
 import pytest
+from PIL import Image
 from workflow_plans import planned
 
 FILES = build_workflows.workflow_files()
@@ -48,3 +49,13 @@ def test_plan_fits_its_tier_and_stands_in_the_note(name):
     assert made.verdict == "fits" and made.peak.device <= made.machine.recommended
     note = next(node for node in build_workflows.drawn(row).nodes() if node.kind == "MarkdownNote").widgets["~text"]
     assert all(f"| {stage.name} | {stage.device / (1 << 30):.1f} GiB |" in note for stage in made.stages)
+
+
+@pytest.mark.parametrize("name", build_workflows.TABLE)
+def test_preview_picture_lies_beside_it(name):
+    with Image.open(build_workflows.WORKFLOWS / f"{name}.jpg") as picture:
+        assert picture.width == 1280 and picture.height > 400
+
+
+def test_there_are_no_other_pictures():
+    assert {path.stem for path in build_workflows.WORKFLOWS.glob("*.jpg")} == set(build_workflows.TABLE)
