@@ -19,6 +19,7 @@ sys.path.insert(0, os.environ["COMFYUI_DIR"])
 import comfy.model_management
 import comfy.sample
 import metal_on_cpu
+from apple_silicon_video.memory.comfy_activations import reduce_activations
 from apple_silicon_video.quantization import comfy_loader, comfy_ops, metal_kernels, metal_matmul
 from apple_silicon_video.quantization.formats import FORMATS, random_blocks
 from apple_silicon_video.quantization.metal_matmul import within_rounding
@@ -81,7 +82,7 @@ def matmul_launches():
 
 def sample(path, dtype=torch.float16):
     """Two Euler steps of the model in ``path``, loaded anew."""
-    patcher = comfy_loader.load_diffusion_model(path, dtype)
+    patcher = reduce_activations(comfy_loader.load_diffusion_model(path, dtype), "off")
     assert patcher.load_device.type == "mps"
     generator = torch.Generator().manual_seed(0)
     latent = torch.zeros(1, 16, 2, 8, 8)
