@@ -1,4 +1,4 @@
-"""Nodes 2.0: the newest front end draws the workflows as Vue components, with the pack's extensions beside them."""
+"""Nodes 2.0: the newest front end draws the workflows as Vue components, beside the pack's extensions."""
 
 import json
 
@@ -11,6 +11,7 @@ from .pages import FrontEnd
 NEWEST = max(VERSIONS, key=lambda version: tuple(map(int, version.split("."))))
 WORKFLOWS = ("wan2.2_extend_a14b_fast_36gb", "wan2.1_v2v_1.3b_16gb")
 DRAWN = "count => document.querySelectorAll('[data-node-id]').length >= count"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("comfy", [NEWEST], indirect=True)
@@ -26,7 +27,7 @@ def test_workflows_are_drawn_without_errors(comfy, browser):
                 titles = page.page.evaluate("() => document.body.innerText")
                 assert all(node.get("title", "") in titles for node in shipped["nodes"])
             assert page.errors == [] and page.dialogs() == []
-        
+
     finally:
         for key in settings:
             comfy.post(f"/settings/{key}", False)
