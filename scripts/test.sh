@@ -11,4 +11,4 @@ environment=$("$python" "$root/scripts/environment.py" --tests)
 cd "$root"
 workers=$(getconf _NPROCESSORS_ONLN)
 [ "$workers" -le 4 ] || workers=4
-exec "$environment" -m pytest -n "$workers" --dist loadfile "$@"
+exec "$environment" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, TimeoutError, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 APPLICATIONS = (
@@ -100,8 +100,20 @@ class FrontEnd:
             id: Number(node.id), type: node.type, title: node.title,
             known: node.type in LiteGraph.registered_node_types,
             widgets: Object.fromEntries((node.widgets || []).map(widget => [widget.name, widget.value])),
-            size: [node.size[0], node.size[1]], pos: [node.pos[0], node.pos[1]], errors: node.has_errors || false
+            size: [node.size[0], node.size[1]], pos: [node.pos[0], node.pos[1]]
         }))""")
+
+    def marked(self) -> list[str]:
+        """The types of the nodes that stay marked as faulty.
+
+        The front end looks for missing files in the background, and what it finds for the graph before this one (its
+        own default graph at first) can mark the nodes with the same numbers here until it has looked again.
+        """
+        with suppress(TimeoutError):
+            self.page.wait_for_function("() => window.app.graph._nodes.every(node => !node.has_errors)", timeout=20_000)
+        return self.page.evaluate(
+            "() => window.app.graph._nodes.filter(node => node.has_errors).map(node => node.type)"
+        )
 
     def workflow(self) -> dict[str, Any]:
         """The graph as the front end would save it."""

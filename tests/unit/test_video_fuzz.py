@@ -105,6 +105,7 @@ def test_mutations_can_be_made_again_and_differ(video_files):
 FAULTY = """
 import json, os, sys, time
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+json.load(sys.stdin)
 for seed in range(first, last):
     print(json.dumps({"seed": seed}), flush=True)
     if seed == 2:
