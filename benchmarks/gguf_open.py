@@ -47,9 +47,9 @@ FILES: dict[str, Callable[[Path, bool], None]] = {"UMT5-XXL": write_vocabulary, 
 
 def gguf_py() -> tuple[Callable[[Path], Any], Callable[[Any], Any]]:
     """How gguf-py opens a file, and how it reads the tokens of an open one."""
-    import gguf
+    from gguf.gguf_reader import GGUFReader
 
-    return gguf.GGUFReader, lambda file: file.fields[TOKENS_KEY].contents() if TOKENS_KEY in file.fields else None
+    return GGUFReader, lambda file: file.fields[TOKENS_KEY].contents() if TOKENS_KEY in file.fields else None
 
 
 def the_pack() -> tuple[Callable[[Path], Any], Callable[[Any], Any]]:

@@ -51,7 +51,7 @@ def measure(matrix: str, name: str, rows: int, rounds: int) -> list[Row]:
 
     fmt, (features, columns) = FORMATS[name], MATRICES[matrix]
     moved = metal_matmul.bytes_moved(rows, features, columns, packed_size(fmt, (features, columns)), DTYPE.itemsize)
-    found = [
+    found: list[Row] = [
         {
             "matrix": matrix,
             "type": name,

@@ -9,7 +9,6 @@ file anew each time, so that the pack's index is part of its time.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from measure import Row
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
 FPS = 24
 SCALED = (832, 480)
 SPARSE = 6
@@ -35,15 +34,6 @@ CLIPS: dict[str, tuple[str, int, int, dict[str, str]]] = {
     "1080p H.264": ("libx264", 1920, 1080, {"preset": "veryfast", "g": str(GROUP)}),
     "720p HEVC": ("libx265", 1280, 720, X265_OPTIONS),
 }
-
-
-def load_pack() -> None:
-    """Make the pack importable; by location, since ``scripts`` on the path would hide PyPI packages."""
-    spec = importlib.util.spec_from_file_location("_pack", ROOT / "scripts" / "_pack.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.load_pack()
 
 
 def write_clip(path: Path, encoder: str, width: int, height: int, options: dict[str, str], frames: int) -> None:
@@ -112,10 +102,12 @@ def read_pack(path: Path, indices: Sequence[int] | None, size: tuple[int, int] |
 FUNCTIONS: dict[str, Callable[..., Tensor]] = dict(zip(READERS, (read_pyav, read_decord, read_pack)))
 
 
-def run(rounds: int = 3, frames: int = 60) -> list[dict[str, Any]]:
+def run(rounds: int = 3, frames: int = 60) -> list[Row]:
     """One row per clip and way of reading: the fastest time of each reader in milliseconds a frame, and how many
     times as fast as the faster of the plain ones the pack is.
     """
+    from _pack import load_pack
+
     load_pack()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

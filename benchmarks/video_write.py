@@ -7,10 +7,7 @@ Both use the same encoder and options: ``python benchmarks/video_write.py [--fra
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,24 +15,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import psutil
+from measure import PeakMemory, Row, in_own_process
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("h264-mp4", "hevc-10bit-mp4", "prores422-mov")
 QUICK = {"libx264": {"preset": "ultrafast"}, "libx265": {"preset": "ultrafast"}}
 """Options under which converting counts most beside encoding."""
 SIZE = (1080, 1920)
 FPS = 24
 MEGABYTE = 1e6
-
-
-def load_pack() -> None:
-    """Make the pack importable; by location, since ``scripts`` on the path would hide the PyPI package gguf."""
-    spec = importlib.util.spec_from_file_location("_pack", ROOT / "scripts" / "_pack.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.load_pack()
 
 
 def moving_picture(frames: int) -> Any:
@@ -55,6 +42,8 @@ def moving_picture(frames: int) -> Any:
 
 def _format(name: str) -> tuple[Any, Any, dict[str, str]]:
     """A format, its software encoder, and that encoder's options."""
+    from _pack import load_pack
+
     load_pack()
     from apple_silicon_video.video.video_formats import load_formats
 
@@ -93,42 +82,27 @@ def with_plain_pyav(images: Any, path: Path, name: str) -> None:
 WRITERS: dict[str, Callable[[Any, Path, str], None]] = {"plain PyAV": with_plain_pyav, "the pack": with_pack}
 
 
-def measure(writer: str, name: str, frames: int) -> dict[str, float]:
+def measure(writer: str, name: str, frames: int) -> Row:
     """Seconds for one clip, and bytes by which the resident memory's peak grew over what the clip itself holds."""
     images = moving_picture(frames)
-    _format(name)
-    process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         WRITERS[writer](images[:2], Path(folder) / "warm", name)
-        before, peak = process.memory_info().rss, 0
         start = time.perf_counter()
-
-        def watched() -> Any:
-            nonlocal peak
-            for image in images:
-                peak = max(peak, process.memory_info().rss)
-                yield image
-
-        WRITERS[writer](watched(), Path(folder) / "clip", name)
+        with PeakMemory() as memory:
+            WRITERS[writer](images, Path(folder) / "clip", name)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "bytes": peak - before}
+    return {"seconds": seconds, "bytes": memory.peak - memory.before}
 
 
-def measure_in_process(writer: str, name: str, frames: int) -> dict[str, float]:
-    """`measure` in a fresh process."""
-    command = [sys.executable, __file__, "--measure", writer, name, "--frames", str(frames)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-
-
-def run(frames: int = 48, runs: int = 3) -> list[dict[str, Any]]:
+def run(frames: int = 48, runs: int = 3) -> list[Row]:
     """One row for each format and writer: frames a second of the fastest run, largest memory in bytes, and the ratio
     of plain PyAV's time to the writer's, from runs that take turns."""
     rows = []
     for name in FORMATS:
-        results: dict[str, list[dict[str, float]]] = {writer: [] for writer in WRITERS}
+        results: dict[str, list[Row]] = {writer: [] for writer in WRITERS}
         for _ in range(runs):
             for writer in WRITERS:
-                results[writer].append(measure_in_process(writer, name, frames))
+                results[writer].append(in_own_process(__file__, writer, name, frames))
         seconds = {writer: min(result["seconds"] for result in results[writer]) for writer in WRITERS}
         rows += [
             {
@@ -143,7 +117,7 @@ def run(frames: int = 48, runs: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """One line for each row."""
     print(f"{'format':<18}{'writer':<12}{'frames/s':>10}{'memory':>12}{'ratio':>8}")
     for row in rows:
@@ -157,10 +131,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=48, help="frames of the clip (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="processes per format and writer (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--measure", nargs=2, metavar=("WRITER", "FORMAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, metavar=("WRITER", "FORMAT", "FRAMES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure, options.frames)))
+        writer, name, frames = options.measure
+        print(json.dumps(measure(writer, name, int(frames))))
         return
     rows = run(options.frames, options.runs)
     if options.json:

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from .tensor_files import TensorFileError, load_value, read_note, save_value
+from .tensor_files import SUFFIX, TensorFileError, keep_newest, load_value, read_note, save_value
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".safetensors"
 LIMIT_ENTRIES = 8
 LIMIT_BYTES = 2 << 30
 
@@ -80,7 +79,7 @@ class CheckpointStore:
         except OSError as error:
             log.warning("This step is not saved (%s); sampling goes on.", error.strerror or error)
             return False
-        self._trim(keep=self.path(key))
+        keep_newest(self.folder, self.path(key), self.size, self.entries)
         return True
 
     def remove_runs(self, finished: Callable[[str], bool]) -> None:
@@ -89,22 +88,6 @@ class CheckpointStore:
             with suppress(TensorFileError, OSError):
                 if finished(str(read_note(path).get("run"))):
                     path.unlink()
-
-    def _trim(self, keep: Path) -> None:
-        found = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            with suppress(OSError):
-                status = path.stat()
-                found.append((path != keep, -status.st_mtime_ns, status.st_size, path))
-        total = 0
-        for number, (is_other, _, size, path) in enumerate(sorted(found), 1):
-            total += size
-            if is_other and (number > self.entries or total > self.size):
-                with suppress(OSError):
-                    path.unlink()
-        for partial in self.folder.glob(f".*{SUFFIX}.*.partial"):  # of processes that were killed
-            with suppress(OSError):
-                partial.unlink()
 
 
 def digest(values: Iterable[Any]) -> str:

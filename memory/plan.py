@@ -17,6 +17,7 @@ from .plan_models import (
     Quantities,
     WanModel,
     WeightTable,
+    lora_sizes,
     read_table,
     require_kind,
     rounded,
@@ -261,7 +262,7 @@ def _stage(
     note: str = "",
     loras: Sequence[WeightTable] = (),
 ) -> Stage:
-    sizes = table.device_sizes + [entry.nbytes for lora in loras for entry in lora.entries.values()]
+    sizes = table.device_sizes + [size for lora in loras for size in lora_sizes(lora, table)]
     rounding = sum(map(rounded, sizes)) - sum(sizes)
     return Stage(name, sum(sizes), needed, _host(host), rounding, note)
 

@@ -1,7 +1,8 @@
 """What the planner must know of a model file: its table of tensors, what of it lies on the device, and which Wan it is.
 
 Nothing but headers is read. What the loader leaves as it is in the file, and what it converts, follows
-quantization/comfy_loader.py; shapes and channel counts are those of the Wan checkpoints (2.1: arXiv 2503.20314).
+quantization/comfy_loader.py, and for LoRAs comfy_patcher.py beside it; shapes and channel counts are those of the Wan
+checkpoints (2.1: arXiv 2503.20314).
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ Kind = Literal["diffusion", "encoder", "vae", "lora"]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 FLOAT32 = ("patch_embedding.", "vace_patch_embedding.")
+PLAIN_TYPES = ("F32", "F16", "BF16")
+LORA_FACTOR = re.compile(
+    r"(\.lora_(up|down|mid)\.weight|[._]lora\.(up|down)\.weight|\.lora_[AB](\.default)?(\.weight)?"
+    r"|\.lora_linear_layer\.(up|down)\.weight|\.hada_(w[12]_[ab]|t[12])|\.lokr_(w[12](_[ab])?|t2)|\.diff)$"
+)
+"""What follows a module's name in the factors that comfy_patcher.py keeps in half precision."""
+LORA_PREFIX = re.compile(r"^(lora_unet__?|lycoris_)")
 PAGE = 16 << 10
 LARGE_BUFFER = 10 << 20
 LARGE_STEP = 2 << 20
@@ -60,6 +68,15 @@ class WeightTable:
         return _recognised(self)
 
     @cached_property
+    def quantised(self) -> frozenset[str]:
+        """Modules whose matrix has less than half precision, their dots as underscores."""
+        return frozenset(
+            _module(name.removesuffix(".weight"))
+            for name, entry in self.entries.items()
+            if len(entry.shape) == 2 and name.endswith(".weight") and entry.type_name not in PLAIN_TYPES
+        )
+
+    @cached_property
     def device_sizes(self) -> list[int]:
         """Bytes of each tensor on the device, once loaded for computing in half precision.
 
@@ -74,6 +91,30 @@ def _device_bytes(name: str, entry: Entry) -> int:
         return entry.nbytes
     elements = math.prod(entry.shape)
     return elements * (4 if name.startswith(FLOAT32) else 2)
+
+
+def lora_sizes(lora: WeightTable, model: WeightTable) -> list[int]:
+    """Bytes of each tensor of a LoRA on the device beside ``model``.
+
+    float32 factors of quantised matrices are in float16 there, but for those of DoRAs and of LoRAs that change a shape;
+    alphas and shapes are numbers.
+    """
+    held = (name for name in lora.entries if not name.endswith((".alpha", ".reshape_weight")))
+    return [_lora_bytes(name, lora, model) for name in held]
+
+
+def _lora_bytes(name: str, lora: WeightTable, model: WeightTable) -> int:
+    entry, factor = lora.entries[name], LORA_FACTOR.search(name)
+    if factor is None or entry.type_name != "F32":
+        return entry.nbytes
+    stem = name[: factor.start()]
+    whole = any(f"{stem}.{part}" in lora.entries for part in ("dora_scale", "reshape_weight"))
+    return entry.nbytes if whole or _module(stem) not in model.quantised else entry.nbytes // 2
+
+
+def _module(name: str) -> str:
+    """A module's name without ComfyUI's and kohya's prefixes, its dots as underscores."""
+    return LORA_PREFIX.sub("", _plain(name)).replace(".", "_")
 
 
 def rounded(nbytes: int) -> int:

@@ -201,8 +201,8 @@ class _Forward:
             outside
             | {
                 "result of the block": out,
-                "decoded weights": self.matrices(square, square),
-                "chunk": 4 * cross,
+                "decoded weights": 2 * dim * dim * size,
+                "chunk": 2 * cross + 2 * batch * min(cross_rows, CORE_QUERIES) * dim * size,
                 "attention": self.attention(batch, cross_rows, TEXT_TOKENS),
             },
             outside | {"result of the block": out, "decoded weights": self.matrices(*ffn)},

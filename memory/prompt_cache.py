@@ -14,14 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .tensor_files import TensorFileError, load_value, save_value
+from .tensor_files import SUFFIX, TensorFileError, keep_newest, load_value, save_value
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 64
 SAMPLE_BYTES = 64 << 10
 LIMIT_BYTES = 1 << 30  # about 120 prompts of UMT5-XXL: 512 tokens x 4096 float32, 8 MiB each
-SUFFIX = ".safetensors"
 
 
 def file_fingerprint(path: Path) -> str:
@@ -70,18 +69,5 @@ class PromptCache:
         except (TensorFileError, OSError) as error:
             log.warning("The encoded prompt is not kept on disk: %s", error)
             return False
-        self._trim(keep=path)
+        keep_newest(self.folder, path, self.limit)
         return True
-
-    def _trim(self, keep: Path) -> None:
-        entries = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            with suppress(OSError):
-                status = path.stat()
-                entries.append((path != keep, -status.st_mtime_ns, status.st_size, path))
-        held = 0
-        for is_other, _, size, path in sorted(entries):
-            held += size
-            if is_other and held > self.limit:
-                with suppress(OSError):
-                    path.unlink()

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+SUFFIX = ".safetensors"
 SCALARS = (str, int, float, bool, type(None))
 STRUCTURE = "structure"
 NOTE = "note"
@@ -65,6 +66,27 @@ def read_note(path: Path) -> dict[str, Any]:
             return json.loads(file.metadata()[NOTE])
         except (KeyError, TypeError, ValueError):
             raise TensorFileError(f"{path.name} is not a file of stored tensors: delete it.") from None
+
+
+def keep_newest(folder: Path, keep: Path, size: int, entries: int | None = None) -> None:
+    """Remove what was written first until ``entries`` files of ``size`` bytes together are left; ``keep`` always stays.
+
+    What processes that were killed left half-written goes too.
+    """
+    found = []
+    for path in folder.glob(f"*{SUFFIX}"):
+        with suppress(OSError):
+            status = path.stat()
+            found.append((path != keep, -status.st_mtime_ns, status.st_size, path))
+    total = 0
+    for number, (is_other, _, bytes_here, path) in enumerate(sorted(found), 1):
+        total += bytes_here
+        if is_other and (total > size or (entries is not None and number > entries)):
+            with suppress(OSError):
+                path.unlink()
+    for partial in folder.glob(f".*{SUFFIX}.*.partial"):
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _opened(path: Path) -> Any:

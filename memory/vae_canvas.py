@@ -88,7 +88,7 @@ class FileCanvas:
         """See Canvas: float32."""
         whole = Span(0, self._shape[1])
         bands = [self._read(index, whole) for index in range(first, first + count)]
-        return torch.stack(bands).to(torch.float32).div_(LEVELS).clamp_(0, 1)
+        return torch.stack(bands).to(torch.float32).div_(LEVELS)
 
     def _read(self, index: int, rows: Span) -> Tensor:
         """Rows of a frame, int32 [rows, W, C]."""

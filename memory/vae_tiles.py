@@ -165,11 +165,7 @@ def _candidates(height: int, width: int, overlap: int) -> Iterator[Tiling]:
 
 def _most_tiles(length: int, overlap: int) -> int:
     count = 1
-    while length > 2 * overlap and all(
-        span.size >= 2 * overlap + 2 and after.first >= span.last
-        for spans in [_spans(length, count + 1, overlap)]
-        for span, after in zip(spans, [*spans[2:], Span(length, length), Span(length, length)])
-    ):
+    while _spans(length, count + 1, overlap)[0].size >= 2 * overlap + 2:
         count += 1
     return count
 

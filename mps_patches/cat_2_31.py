@@ -21,6 +21,7 @@ from .first_use import in_child
 from .registry import Cure, Defect, FirstUse, Function, ProbeResult
 
 ID = "cat-2-31"
+NAMES = ("cat", "concat", "concatenate")
 
 
 def reference(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -128,7 +129,6 @@ def _footprint(quick: bool) -> int:
     return 0 if quick else child_probe.footprint(ID, gate.LIMITS[ID])
 
 
-_NAMES = ("cat", "concat", "concatenate")
 DEFECTS = (
     Defect(
         id=ID,
@@ -142,10 +142,10 @@ DEFECTS = (
         advice="Leave the patch on auto, or update torch to 2.14.",
         probe=probe,
         cure=Cure(
-            targets=(*(("torch", name) for name in _NAMES), ("torch", "stack")),
-            make={**dict.fromkeys(_NAMES, _make_cat), "stack": _make_stack},
+            targets=(*(("torch", name) for name in NAMES), ("torch", "stack")),
+            make={**dict.fromkeys(NAMES, _make_cat), "stack": _make_stack},
             first_use={
-                **dict.fromkeys(_NAMES, FirstUse(meets_cat, check)),
+                **dict.fromkeys(NAMES, FirstUse(meets_cat, check)),
                 "stack": FirstUse(meets_stack, check),
             },
         ),

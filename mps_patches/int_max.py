@@ -207,7 +207,6 @@ def _square_in_large_buffer(values: Tensor, size: int) -> Tensor:
     return buffer[-1].pow(2)
 
 
-_NAMES = ("cat", "concat", "concatenate")
 DEFECTS = (
     Defect(
         id=ID,
@@ -225,18 +224,18 @@ DEFECTS = (
                 *((path, name) for path in ("torch", "torch.Tensor") for name in ("pow", "bmm", "baddbmm")),
                 ("torch.Tensor", "__pow__"),
                 ("torch.Tensor", "repeat"),
-                *(("torch", name) for name in _NAMES),
+                *(("torch", name) for name in cat_2_31.NAMES),
             ),
             make={
                 **dict.fromkeys(("pow", "__pow__"), _make_pow),
-                **dict.fromkeys(_NAMES, _make_cat),
+                **dict.fromkeys(cat_2_31.NAMES, _make_cat),
                 "bmm": _make_bmm,
                 "baddbmm": _make_baddbmm,
                 "repeat": _make_repeat,
             },
             first_use={
                 **dict.fromkeys(("pow", "__pow__"), FirstUse(meets_pow, check)),
-                **dict.fromkeys(_NAMES, FirstUse(meets_cat, check)),
+                **dict.fromkeys(cat_2_31.NAMES, FirstUse(meets_cat, check)),
                 "bmm": FirstUse(meets_bmm, check),
                 "baddbmm": FirstUse(meets_baddbmm, check),
                 "repeat": FirstUse(meets_repeat, check),

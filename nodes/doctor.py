@@ -8,16 +8,18 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .progress_text import show_text
+from ..memory.comfy_server import show_text
+from .progress import show_part
+from .rerun import RunsAlways
 
 CATEGORY = "Apple Silicon Video/diagnosis"
-# Packs whose presence explains a result: folder name -> the name to show.
+# Packs whose presence explains a result, by the names of their folders.
 RELEVANT_PACKS = ("ComfyUI-GGUF", "ComfyUI-AppleSilicon-FP8", "ComfyUI-WanVideoWrapper", "ComfyUI-LatentSyncWrapper")
 
 log = logging.getLogger(__name__)
 
 
-class Doctor(io.ComfyNode):
+class Doctor(RunsAlways):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -46,29 +48,20 @@ class Doctor(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **kwargs: Any) -> float:
-        return float("nan")
-
-    @classmethod
     def execute(cls, quick: bool = False) -> io.NodeOutput:
         import torch
-        from comfy.model_management import throw_exception_if_processing_interrupted
-        from comfy.utils import ProgressBar
 
         from ..memory.telemetry import take_snapshot
         from ..mps_patches import doctor, doctor_views
 
-        bar: list[ProgressBar] = []
-
-        def progress(done: int, total: int) -> None:
-            throw_exception_if_processing_interrupted()
-            if not bar:
-                bar.append(ProgressBar(total))
-            bar[0].update_absolute(done, total)
-
+        show = show_part()
         memory = {name: value for name, value in vars(take_snapshot()).items() if value is not None}
         diagnosis = doctor.diagnose(
-            quick=quick, memory=memory, comfyui=_comfyui_version(), packs=_packs(), progress=progress
+            quick=quick,
+            memory=memory,
+            comfyui=_comfyui_version(),
+            packs=_packs(),
+            progress=lambda done, total: show(done / total),
         )
         report = doctor_views.to_markdown(diagnosis)
         picture = torch.from_numpy(doctor_views.to_picture(diagnosis))

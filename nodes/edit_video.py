@@ -8,11 +8,13 @@ from typing import Any
 
 from comfy_api.latest import InputImpl, io, ui
 
-from ..video.video_formats import QUALITIES, load_formats
+from ..video.video_formats import load_formats
+from .progress import show_count, show_part
+from .video_inputs import containers, format_input, fps_input, quality_input, time_input
+from .video_paths import VideoFromPath, find
 
 CATEGORY = "Apple Silicon Video/video"
 MOST_CLIPS = 50
-STEPS = 1000
 TRANSITIONS = ["smooth", "linear", "cut"]
 JOIN_MODES = ["auto", "copy", "encode"]
 TRIM_MODES = ["exact", "fast", "encode"]
@@ -72,15 +74,7 @@ class ExtendVideo(io.ComfyNode):
                         "overlap; against the drift of long videos."
                     ),
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=16.0,
-                    min=0.01,
-                    max=240.0,
-                    step=0.001,
-                    round=0.001,
-                    tooltip="Frames a second of the segments; used for the length of their sound only.",
-                ),
+                fps_input("Frames a second of the segments; used for the length of their sound only."),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The joined clip."),
@@ -103,7 +97,7 @@ class ExtendVideo(io.ComfyNode):
 
         numbers = [_number(name) for name in clips if clips[name] is not None]
         segments = [clip for clip in clips.values() if clip is not None]
-        images = join_images(segments, overlap, transition, match_color, _progress_in_steps(len(segments)))
+        images = join_images(segments, overlap, transition, match_color, show_count(len(segments)))
         heard = {_number(name): sound for name, sound in (sounds or {}).items() if sound is not None}
         audio = None
         if heard:
@@ -152,18 +146,11 @@ class LastFrames(io.ComfyNode):
 def _encoding_inputs() -> list[Any]:
     """The two inputs that say how to encode what cannot be copied."""
     return [
-        io.Combo.Input(
-            "format",
-            options=[name for name, known in load_formats().items() if known.writer == "container"],
-            default="h264-mp4",
-            tooltip="What to encode to, where encoding is needed; a copy keeps the first video's kind of file.",
+        format_input(
+            containers(load_formats()),
+            "What to encode to, where encoding is needed; a copy keeps the first video's kind of file.",
         ),
-        io.Combo.Input(
-            "quality",
-            options=list(QUALITIES),
-            default="high",
-            tooltip="Of the encoding, where it is needed: small, standard, high, or best.",
-        ),
+        quality_input("Of the encoding, where it is needed: small, standard, high, or best.", default="high"),
     ]
 
 
@@ -207,11 +194,11 @@ class ConcatenateVideos(io.ComfyNode):
 
         encoding = Encoding(load_formats()[format], quality)
         files = [video_file(video, _names("joined"), encoding) for video in videos.values() if video is not None]
-        edited = concatenate(files, _names("joined"), encoding, mode=mode, on_progress=_progress())
+        edited = concatenate(files, _names("joined"), encoding, mode=mode, on_progress=show_part())
         return _video_output(edited)
 
 
-class TrimVideo(io.ComfyNode):
+class TrimVideo(VideoFromPath):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -230,24 +217,11 @@ class TrimVideo(io.ComfyNode):
                     default="seconds",
                     tooltip="What start and end count: seconds, or frames, the first of which is 0.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=-1e6,
-                    max=1e6,
-                    step=0.001,
-                    round=0.000001,
-                    tooltip="Where the part begins; a negative number counts from the end of the video.",
-                ),
-                io.Float.Input(
+                time_input("start", "Where the part begins; a negative number counts from the end of the video."),
+                time_input(
                     "end",
-                    default=0.0,
-                    min=-1e6,
-                    max=1e6,
-                    step=0.001,
-                    round=0.000001,
-                    tooltip="Where it ends: this moment or frame is not included. 0 is the end of the video, a "
-                    "negative number counts from there.",
+                    "Where it ends: this moment or frame is not included. 0 is the end of the video, a negative "
+                    "number counts from there.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -294,12 +268,12 @@ class TrimVideo(io.ComfyNode):
         encoding = Encoding(load_formats()[format], quality)
         if video is None and not path.strip():
             raise VideoError("Trim Video (MPS) has no video; connect one or enter a path.")
-        source = Path(path.strip()).expanduser() if video is None else video_file(video, _names("trimmed"), encoding)
+        source = find(path) if video is None else video_file(video, _names("trimmed"), encoding)
         if unit == "frames":
             selection = FrameSelection(start_frame=round(start), end_frame=round(end) or None)
         else:
             selection = FrameSelection(start_time=start, end_time=end or None)
-        return _video_output(trim(source, _names("trimmed"), encoding, selection, mode=mode, on_progress=_progress()))
+        return _video_output(trim(source, _names("trimmed"), encoding, selection, mode=mode, on_progress=show_part()))
 
 
 def _number(name: str) -> int:
@@ -316,29 +290,6 @@ def _names(stem: str) -> Callable[[str], Iterable[Path]]:
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     return lambda suffix: numbered_names(folder, f"mps_{stem}", 1, suffix)
-
-
-def _progress() -> Callable[[float], None]:
-    """A progress bar that takes the part that is done; an interrupt ends the work."""
-    from comfy.model_management import throw_exception_if_processing_interrupted
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(STEPS)
-    shown = -1
-
-    def on_progress(part: float) -> None:
-        nonlocal shown
-        throw_exception_if_processing_interrupted()
-        if int(part * STEPS) > shown:
-            shown = int(part * STEPS)
-            bar.update_absolute(shown)
-
-    return on_progress
-
-
-def _progress_in_steps(steps: int) -> Callable[[int], None]:
-    report = _progress()
-    return lambda done: report(done / steps)
 
 
 def _video_output(edited: Any) -> io.NodeOutput:

@@ -27,9 +27,8 @@ def register_gguf_folders() -> None:
 
 
 def model_files(core_name: str) -> list[str]:
-    """File names for a combo: core's list of ``core_name`` and the .gguf files beside them."""
-    gguf_name = next(name for name, core in GGUF_FOLDERS.items() if core == core_name)
-    return sorted({*folder_paths.get_filename_list(core_name), *folder_paths.get_filename_list(gguf_name)})
+    """File names for a combo: core's list of ``core_name`` and, where GGUF is read, the .gguf files beside them."""
+    return sorted({file for name in _folder_names(core_name) for file in folder_paths.get_filename_list(name)})
 
 
 def model_path(core_name: str, file_name: str) -> Path:
@@ -38,11 +37,14 @@ def model_path(core_name: str, file_name: str) -> Path:
     Raises:
         FileNotFoundError: it is not there (any more).
     """
-    gguf_name = next(name for name, core in GGUF_FOLDERS.items() if core == core_name)
-    for name in (core_name, gguf_name):
+    for name in _folder_names(core_name):
         path = folder_paths.get_full_path(name, file_name)
         if path is not None:
             return Path(path)
     raise FileNotFoundError(
         f"{file_name} is not in models/{core_name} (or its link is broken): put it there and press R to refresh."
     )
+
+
+def _folder_names(core_name: str) -> list[str]:
+    return [core_name, *(name for name, core in GGUF_FOLDERS.items() if core == core_name)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..video.geometry import LARGEST_SIDE, MODES, MULTIPLES
-from .video_paths import file_fingerprint, find, input_videos, path_problem, sequence_path
+from .progress import show_count
+from .rerun import always, file_fingerprint
+from .video_inputs import time_input
+from .video_paths import VideoFromPath, find, input_videos, sequence_path
 
 CATEGORY = "Apple Silicon Video/video"
 MOST_FRAMES = 1_000_000
@@ -19,24 +21,8 @@ MOST_FRAMES = 1_000_000
 def _range_inputs() -> list[Any]:
     """Which frames."""
     return [
-        io.Float.Input(
-            "start_time",
-            default=0.0,
-            min=-1e6,
-            max=1e6,
-            step=0.001,
-            round=0.000001,
-            tooltip="Seconds at which to begin; a negative number counts from the end of the video.",
-        ),
-        io.Float.Input(
-            "length",
-            default=0.0,
-            min=0.0,
-            max=1e6,
-            step=0.001,
-            round=0.000001,
-            tooltip="How many seconds to load; 0 loads up to the end.",
-        ),
+        time_input("start_time", "Seconds at which to begin; a negative number counts from the end of the video."),
+        time_input("length", "How many seconds to load; 0 loads up to the end.", least=0.0),
         io.Float.Input(
             "fps",
             default=0.0,
@@ -159,21 +145,23 @@ class LoadVideo(io.ComfyNode):
         return _load(folder_paths.get_annotated_filepath(file), options)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **options: Any) -> Any:
+    def fingerprint_inputs(cls, file: str | None, **options: Any) -> Any:
         import folder_paths
 
+        if file is None:
+            return always()
         return file_fingerprint(Path(folder_paths.get_annotated_filepath(file)))
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         import folder_paths
 
-        if folder_paths.exists_annotated_filepath(file):
+        if file is None or folder_paths.exists_annotated_filepath(file):
             return True
         return f"{file} is not in the input folder; upload it, or choose another file."
 
 
-class LoadVideoPath(io.ComfyNode):
+class LoadVideoPath(VideoFromPath):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -204,14 +192,6 @@ class LoadVideoPath(io.ComfyNode):
     @classmethod
     def execute(cls, path: str, video: Any = None, **options: Any) -> io.NodeOutput:
         return _load(_chosen(path, video), options)
-
-    @classmethod
-    def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
-        return file_fingerprint(find(path))
-
-    @classmethod
-    def validate_inputs(cls, path: str = "") -> bool | str:
-        return path_problem(path) or True
 
 
 class LoadImageSequence(io.ComfyNode):
@@ -266,24 +246,28 @@ class LoadImageSequence(io.ComfyNode):
         if options["frames_4n1"]:
             files = files[: (len(files) - 1) // 4 * 4 + 1]
         size = _frame_size(options)
-        images, alpha = read_images(files, size=size, on_frame=_progress(len(files)))
+        images, alpha = read_images(files, size=size, on_frame=show_count(len(files)))
         return io.NodeOutput(images, _mask(images, alpha), len(files))
 
     @classmethod
-    def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
+    def fingerprint_inputs(cls, path: str | None = "", **options: Any) -> Any:
         from ..video.errors import VideoError
         from ..video.image_sequence import find_images, fingerprint
 
+        if path is None:
+            return always()
         try:
             return json.dumps(fingerprint(find_images(sequence_path(path)).files))
         except (VideoError, OSError):
             return ""
 
     @classmethod
-    def validate_inputs(cls, path: str = "") -> bool | str:
+    def validate_inputs(cls, path: str | None = "") -> bool | str:
         from ..video.errors import VideoError
         from ..video.image_sequence import find_images
 
+        if path is None:
+            return True
         if not path.strip():
             return "The path is empty; enter a folder or a name with * or %04d for the number."
         try:
@@ -293,7 +277,7 @@ class LoadImageSequence(io.ComfyNode):
         return True
 
 
-class VideoInfo(io.ComfyNode):
+class VideoInfo(VideoFromPath):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -333,16 +317,8 @@ class VideoInfo(io.ComfyNode):
             ui=ui.PreviewText(text),
         )
 
-    @classmethod
-    def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
-        return file_fingerprint(find(path))
 
-    @classmethod
-    def validate_inputs(cls, path: str = "") -> bool | str:
-        return path_problem(path) or True
-
-
-class GetFrame(io.ComfyNode):
+class GetFrame(VideoFromPath):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -382,14 +358,6 @@ class GetFrame(io.ComfyNode):
             time = float(reader.timestamps()[chosen[0]])
         return io.NodeOutput(image, _mask(image, alpha), time)
 
-    @classmethod
-    def fingerprint_inputs(cls, path: str = "", **options: Any) -> Any:
-        return file_fingerprint(find(path))
-
-    @classmethod
-    def validate_inputs(cls, path: str = "") -> bool | str:
-        return path_problem(path) or True
-
 
 def _path_input() -> Any:
     return io.String.Input(
@@ -423,20 +391,6 @@ def _frame_size(options: dict[str, Any]) -> Any:
     return None if (size.width, size.height, size.multiple) == (0, 0, 1) else size
 
 
-def _progress(count: int) -> Callable[[int], None]:
-    """A progress bar for so many frames; an interrupt ends the work."""
-    from comfy.model_management import throw_exception_if_processing_interrupted
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(count)
-
-    def on_frame(done: int) -> None:
-        throw_exception_if_processing_interrupted()
-        bar.update_absolute(done)
-
-    return on_frame
-
-
 def _mask(images: Any, alpha: Any) -> Any:
     """ComfyUI's MASK of an alpha: 1 is transparent. Without one, zeros that take no memory."""
     return 1 - alpha if alpha is not None else images.new_zeros(1, 1, 1).expand(images.shape[:3])
@@ -456,7 +410,7 @@ def _load(source: Any, options: dict[str, Any]) -> io.NodeOutput:
     )
     with open_input(source) as reader:
         count = len(reader.indices(selection))
-        images, alpha = reader.read_images(selection, size=_frame_size(options), on_frame=_progress(count))
+        images, alpha = reader.read_images(selection, size=_frame_size(options), on_frame=show_count(count))
         audio = reader.audio(*reader.section(selection))
         rate = float(selection.rate(reader.info.fps))
         video = video_of(reader, source, selection)

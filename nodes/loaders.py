@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import folder_paths
+from typing import Any
+
 from comfy_api.latest import io
 
-import nodes as core_nodes
-
+from . import text_encoders
 from .folders import model_files, model_path
 
 CATEGORY = "Apple Silicon Video/loaders"
 DTYPES = ["auto", "float16", "bfloat16", "float32"]
+
+
+def _dtype_input(tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input("dtype", options=DTYPES, default="auto", optional=True, advanced=True, tooltip=tooltip)
+
+
+def _dtype(chosen: str) -> Any:
+    """The torch.dtype of a choice, None for auto."""
+    import torch
+
+    return None if chosen == "auto" else getattr(torch, chosen)
 
 
 class LoadDiffusionModel(io.ComfyNode):
@@ -32,16 +43,9 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=model_files("diffusion_models"),
                     tooltip="A .gguf or .safetensors file (fp8 too) in models/diffusion_models or models/unet.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=DTYPES,
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Precision of the computation. auto follows the device and the model; float32 is exact and "
-                        "needs twice the memory for activations."
-                    ),
+                _dtype_input(
+                    "Precision of the computation. auto follows the device and the model; float32 is exact and needs "
+                    "twice the memory for activations."
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model, for samplers, LoRA loaders and ModelSampling nodes.")],
@@ -49,12 +53,9 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, dtype: str = "auto") -> io.NodeOutput:
-        import torch
-
         from ..quantization.comfy_loader import load_diffusion_model
 
-        compute_dtype = None if dtype == "auto" else getattr(torch, dtype)
-        return io.NodeOutput(load_diffusion_model(model_path("diffusion_models", unet_name), compute_dtype))
+        return io.NodeOutput(load_diffusion_model(model_path("diffusion_models", unet_name), _dtype(dtype)))
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -71,36 +72,17 @@ class LoadTextEncoder(io.ComfyNode):
             ),
             search_aliases=["clip loader", "gguf", "fp8", "umt5", "t5", "text encoder", "wan", "apple", "mac"],
             inputs=[
-                io.Combo.Input(
-                    "clip_name",
-                    options=model_files("text_encoders"),
-                    tooltip="A .gguf or .safetensors file (fp8 too) in models/text_encoders or models/clip.",
+                *text_encoders.file_inputs(
+                    "A .gguf or .safetensors file (fp8 too) in models/text_encoders or models/clip."
                 ),
-                io.Combo.Input(
-                    "type",
-                    options=core_nodes.CLIPLoader.INPUT_TYPES()["required"]["type"][0],  # type: ignore[attr-defined]
-                    default="wan",
-                    tooltip="The family of models the encoder is for: wan for Wan 2.1 and 2.2.",
-                ),
-                io.Combo.Input(
-                    "device",
-                    options=["auto", "cpu"],
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="auto runs the encoder on the GPU when every weight can be used there; cpu never does.",
-                ),
+                text_encoders.device_input(),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for CLIP Text Encode.")],
         )
 
     @classmethod
     def execute(cls, clip_name: str, type: str = "wan", device: str = "auto") -> io.NodeOutput:
-        from ..quantization.comfy_loader import load_text_encoder
-
-        path = model_path("text_encoders", clip_name)
-        embeddings = folder_paths.get_folder_paths("embeddings")
-        return io.NodeOutput(load_text_encoder(path, type, embeddings, on_cpu=device == "cpu"))
+        return io.NodeOutput(text_encoders.load(model_path("text_encoders", clip_name), type, device))
 
 
 class LoadVAE(io.ComfyNode):
@@ -113,33 +95,17 @@ class LoadVAE(io.ComfyNode):
             description="Loads a VAE (Wan 2.1, Wan 2.2 and every other that ComfyUI knows) from safetensors.",
             search_aliases=["vae loader", "wan vae", "apple", "mac"],
             inputs=[
-                io.Combo.Input(
-                    "vae_name",
-                    options=folder_paths.get_filename_list("vae"),
-                    tooltip="A .safetensors file in models/vae.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=DTYPES,
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Precision of encoding and decoding. auto follows the device.",
-                ),
+                io.Combo.Input("vae_name", options=model_files("vae"), tooltip="A .safetensors file in models/vae."),
+                _dtype_input("Precision of encoding and decoding. auto follows the device."),
             ],
             outputs=[io.Vae.Output(tooltip="The VAE, for VAE Decode and image-to-video nodes.")],
         )
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str = "auto") -> io.NodeOutput:
-        import torch
-
         from ..quantization.comfy_loader import load_vae
 
-        path = folder_paths.get_full_path("vae", vae_name)
-        if path is None:
-            raise FileNotFoundError(f"{vae_name} is not in models/vae (or its link is broken): put it there.")
-        return io.NodeOutput(load_vae(path, None if dtype == "auto" else getattr(torch, dtype)))
+        return io.NodeOutput(load_vae(model_path("vae", vae_name), _dtype(dtype)))
 
 
-NODES = [LoadDiffusionModel, LoadTextEncoder, LoadVAE]
+NODES: list[type[io.ComfyNode]] = [LoadDiffusionModel, LoadTextEncoder, LoadVAE]

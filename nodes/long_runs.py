@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .progress_text import show_text
+from ..memory.comfy_server import show_text
 
 CATEGORY = "Apple Silicon Video/memory"
 

@@ -6,15 +6,28 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .progress_text import show_text
+from ..memory.comfy_server import show_text
+from .rerun import RunsAlways
 
 CATEGORY = "Apple Silicon Video/memory"
 
 
-class FreeMemory(io.ComfyNode):
+def pass_through(tooltip: str) -> tuple[io.MatchType.Input, io.MatchType.Output]:
+    """An input for any value, and the output on which it comes out unchanged; the tooltip is the input's."""
+    template = io.MatchType.Template("anything")
+    return (
+        io.MatchType.Input("anything", template=template, optional=True, tooltip=tooltip),
+        io.MatchType.Output(template=template, display_name="anything", tooltip="The input, unchanged."),
+    )
+
+
+class FreeMemory(RunsAlways):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        anything = io.MatchType.Template("anything")
+        anything, unchanged = pass_through(
+            "Any value; it comes out unchanged. Put the node on the connection where memory should be free, such as "
+            "the latent between sampling and decoding."
+        )
         return io.Schema(
             node_id="MPSFreeMemory",
             display_name="Free Memory (MPS)",
@@ -25,15 +38,7 @@ class FreeMemory(io.ComfyNode):
             ),
             search_aliases=["free memory", "empty cache", "clear cache", "unload models", "purge vram", "clean memory"],
             inputs=[
-                io.MatchType.Input(
-                    "anything",
-                    template=anything,
-                    optional=True,
-                    tooltip=(
-                        "Any value; it comes out unchanged. Put the node on the connection where memory should be "
-                        "free, such as the latent between sampling and decoding."
-                    ),
-                ),
+                anything,
                 io.Boolean.Input(
                     "unload_models",
                     default=True,
@@ -68,14 +73,10 @@ class FreeMemory(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             outputs=[
-                io.MatchType.Output(template=anything, display_name="anything", tooltip="The input, unchanged."),
+                unchanged,
                 io.String.Output(display_name="report", tooltip="Memory before and after, as text."),
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **kwargs: Any) -> float:
-        return float("nan")  # a new one each time: core's cache compares identity first, and math.nan is one object
 
     @classmethod
     def execute(
@@ -93,10 +94,10 @@ class FreeMemory(io.ComfyNode):
         return io.NodeOutput(anything, report, ui=ui.PreviewText(report))
 
 
-class MemoryReport(io.ComfyNode):
+class MemoryReport(RunsAlways):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        anything = io.MatchType.Template("anything")
+        anything, unchanged = pass_through("Any value; it comes out unchanged. The report is made when it arrives.")
         return io.Schema(
             node_id="MPSMemoryReport",
             display_name="Memory Report (MPS)",
@@ -106,26 +107,12 @@ class MemoryReport(io.ComfyNode):
                 "tensors, the process, swap, and the models that are loaded. Changes nothing."
             ),
             search_aliases=["memory", "vram", "show memory", "memory usage", "swap", "loaded models"],
-            inputs=[
-                io.MatchType.Input(
-                    "anything",
-                    template=anything,
-                    optional=True,
-                    tooltip="Any value; it comes out unchanged. The report is made when it arrives.",
-                ),
-            ],
+            inputs=[anything],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
-            outputs=[
-                io.MatchType.Output(template=anything, display_name="anything", tooltip="The input, unchanged."),
-                io.String.Output(display_name="report", tooltip="The figures, as text."),
-            ],
+            outputs=[unchanged, io.String.Output(display_name="report", tooltip="The figures, as text.")],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **kwargs: Any) -> float:
-        return float("nan")
 
     @classmethod
     def execute(cls, anything: Any = None) -> io.NodeOutput:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 
+from ..memory.comfy_server import show_text
 from .folders import model_files, model_path
-from .progress_text import show_text
+from .memory import pass_through
 
 CATEGORY = "Apple Silicon Video/memory"
 NONE = "none"
 STOPS = {"never": (), "does not fit": ("does not fit",), "swap risk": ("does not fit", "swap risk")}
 
 
+def _file_or_none(name: str, folder: str, tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(name, options=[NONE, *model_files(folder)], default=NONE, optional=True, tooltip=tooltip)
+
+
 class PlanMemory(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        anything = io.MatchType.Template("anything")
+        anything, unchanged = pass_through(
+            "Any value; it comes out unchanged. Lead the latent through here, so that the plan is made before the "
+            "sampler begins."
+        )
         return io.Schema(
             node_id="MPSPlanMemory",
             display_name="Plan Memory (MPS)",
@@ -30,15 +37,7 @@ class PlanMemory(io.ComfyNode):
             ),
             search_aliases=["memory plan", "will it fit", "estimate memory", "vram calculator", "swap", "ram", "oom"],
             inputs=[
-                io.MatchType.Input(
-                    "anything",
-                    template=anything,
-                    optional=True,
-                    tooltip=(
-                        "Any value; it comes out unchanged. Lead the latent through here, so that the plan is made "
-                        "before the sampler begins."
-                    ),
-                ),
+                anything,
                 io.Combo.Input(
                     "unet_name",
                     options=model_files("diffusion_models"),
@@ -56,34 +55,10 @@ class PlanMemory(io.ComfyNode):
                         "swap; never only reports."
                     ),
                 ),
-                io.Combo.Input(
-                    "unet_low_name",
-                    options=[NONE, *model_files("diffusion_models")],
-                    default=NONE,
-                    optional=True,
-                    tooltip="A14B's low-noise expert.",
-                ),
-                io.Combo.Input(
-                    "clip_name",
-                    options=[NONE, *model_files("text_encoders")],
-                    default=NONE,
-                    optional=True,
-                    tooltip="The text encoder; none leaves its stage out.",
-                ),
-                io.Combo.Input(
-                    "vae_name",
-                    options=[NONE, *folder_paths.get_filename_list("vae")],
-                    default=NONE,
-                    optional=True,
-                    tooltip="The VAE; none leaves encoding of pictures and decoding out.",
-                ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
-                    default=NONE,
-                    optional=True,
-                    tooltip="A LoRA that the model carries, for A14B that of one expert.",
-                ),
+                _file_or_none("unet_low_name", "diffusion_models", "A14B's low-noise expert."),
+                _file_or_none("clip_name", "text_encoders", "The text encoder; none leaves its stage out."),
+                _file_or_none("vae_name", "vae", "The VAE; none leaves encoding of pictures and decoding out."),
+                _file_or_none("lora_name", "loras", "A LoRA that the model carries, for A14B that of one expert."),
                 io.Float.Input(
                     "cfg",
                     default=5.0,
@@ -106,7 +81,7 @@ class PlanMemory(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             outputs=[
-                io.MatchType.Output(template=anything, display_name="anything", tooltip="The input, unchanged."),
+                unchanged,
                 io.String.Output(display_name="plan", tooltip="Verdict, stages and proposals as text."),
                 io.Image.Output(display_name="picture", tooltip="The stages against the recommended working set."),
                 io.String.Output(display_name="verdict", tooltip="fits, swap risk or does not fit."),
@@ -168,16 +143,9 @@ class PlanMemory(io.ComfyNode):
 
 def _table(folder: str, name: str) -> Any:
     """The table of a file chosen in a combo, None for none."""
-    from ..memory.plan import PlanError, read_table
+    from ..memory.plan import read_table
 
-    if name == NONE:
-        return None
-    if folder in ("diffusion_models", "text_encoders"):
-        return read_table(model_path(folder, name))
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        raise PlanError(f"{name} is not in models/{folder} (or its link is broken): put it there.")
-    return read_table(path)
+    return None if name == NONE else read_table(model_path(folder, name))
 
 
 NODES: list[type[io.ComfyNode]] = [PlanMemory]

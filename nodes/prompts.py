@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 
-import nodes as core_nodes
-
-from .folders import model_files, model_path
-from .progress_text import show_text
+from ..memory.comfy_server import show_text
+from . import text_encoders
+from .folders import model_path
+from .rerun import always, file_fingerprint
 
 CATEGORY = "Apple Silicon Video/conditioning"
 
@@ -29,31 +27,14 @@ class EncodePrompts(io.ComfyNode):
             ),
             search_aliases=["prompt", "clip text encode", "text encode", "prompt cache", "umt5", "t5", "low memory"],
             inputs=[
-                io.Combo.Input(
-                    "clip_name",
-                    options=model_files("text_encoders"),
-                    tooltip="A .gguf or .safetensors file in models/text_encoders or models/clip.",
-                ),
-                io.Combo.Input(
-                    "type",
-                    options=core_nodes.CLIPLoader.INPUT_TYPES()["required"]["type"][0],  # type: ignore[attr-defined]
-                    default="wan",
-                    tooltip="The family of models the encoder is for: wan for Wan 2.1 and 2.2.",
-                ),
+                *text_encoders.file_inputs("A .gguf or .safetensors file in models/text_encoders or models/clip."),
                 io.String.Input(
                     "positive", multiline=True, dynamic_prompts=True, tooltip="What the video should show."
                 ),
                 io.String.Input(
                     "negative", multiline=True, dynamic_prompts=True, tooltip="What the video should not show."
                 ),
-                io.Combo.Input(
-                    "device",
-                    options=["auto", "cpu"],
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="auto runs the encoder on the GPU when every weight can be used there; cpu never does.",
-                ),
+                text_encoders.device_input(),
                 io.Boolean.Input(
                     "keep_on_disk",
                     default=True,
@@ -73,12 +54,13 @@ class EncodePrompts(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, clip_name: str | None, **_: Any) -> Any:
+        if clip_name is None:
+            return always()
         try:
-            status = model_path("text_encoders", clip_name).stat()
-        except OSError:
+            return file_fingerprint(model_path("text_encoders", clip_name))
+        except FileNotFoundError:
             return "missing"
-        return f"{status.st_size} {status.st_mtime_ns}"
 
     @classmethod
     def execute(
@@ -96,7 +78,7 @@ class EncodePrompts(io.ComfyNode):
         result = encode_prompts(
             [positive, negative],
             path,
-            lambda: _load(path, type, device),
+            lambda: text_encoders.load(path, type, device),
             {"type": type, "device": device},
             default_cache() if keep_on_disk else None,
         )
@@ -105,12 +87,6 @@ class EncodePrompts(io.ComfyNode):
             report = "both from disk, no text encoder loaded"
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(*result.conditionings, ui=ui.PreviewText(report))
-
-
-def _load(path: Path, kind: str, device: str) -> Any:
-    from ..quantization.comfy_loader import load_text_encoder
-
-    return load_text_encoder(path, kind, folder_paths.get_folder_paths("embeddings"), on_cpu=device == "cpu")
 
 
 NODES: list[type[io.ComfyNode]] = [EncodePrompts]

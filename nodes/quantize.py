@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io, ui
 
+from ..memory.comfy_server import show_text
 from .folders import model_files, model_path
-from .progress_text import show_text
+from .progress import show_part
 
 CATEGORY = "Apple Silicon Video/loaders"
 RECIPES = [
@@ -53,7 +53,7 @@ class QuantizeModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    options=[NO_LORA, *model_files("loras")],
                     default=NO_LORA,
                     optional=True,
                     advanced=True,
@@ -90,25 +90,19 @@ class QuantizeModel(io.ComfyNode):
         lora_name: str = NO_LORA,
         lora_strength: float = 1.0,
     ) -> io.NodeOutput:
-        import comfy.model_management
-        import comfy.utils
-
         from ..quantization.quantizer_files import quantize_file
 
         source = _source_path(model_name)
-        loras = [] if lora_name == NO_LORA else [(_lora_path(lora_name), lora_strength)]
+        loras = [] if lora_name == NO_LORA else [(model_path("loras", lora_name), lora_strength)]
         merged = "".join(f"-{path.stem}-{strength:g}" for path, strength in loras)
         destination = source.with_name(f"{source.stem}{merged}-{type}.gguf")
         file_name = Path(model_name).with_name(destination.name).as_posix()
         if destination.exists() and not overwrite:
             return cls._result(file_name, f"{destination.name} is there already; switch overwrite on to make it again.")
-        bar = comfy.utils.ProgressBar(1000)
-
-        def progress(done: int, total: int, name: str) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(int(1000 * done / total))
-
-        report = quantize_file(source, destination, type, loras=loras, progress=progress)
+        show = show_part()
+        report = quantize_file(
+            source, destination, type, loras=loras, progress=lambda done, total, name: show(done / total)
+        )
         return cls._result(file_name, report.text())
 
     @classmethod
@@ -125,13 +119,6 @@ def _source_path(name: str) -> Path:
         except FileNotFoundError:
             continue
     raise FileNotFoundError(f"{name} is not in models/diffusion_models or models/text_encoders: put it there.")
-
-
-def _lora_path(name: str) -> Path:
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        raise FileNotFoundError(f"{name} is not in models/loras (or its link is broken): put it there.")
-    return Path(path)
 
 
 NODES: list[type[io.ComfyNode]] = [QuantizeModel]

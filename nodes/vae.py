@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..video.comfy_formats import formats
-from ..video.video_formats import QUALITIES
-from .video import AUDIO_CODECS, AUTOMATIC, ENCODERS
+from .video_inputs import containers, encoder_inputs, format_input, fps_input, prefix_input, quality_input, settings
 
 CATEGORY = "Apple Silicon Video/vae"
 BUDGET = (
@@ -102,56 +101,16 @@ class VAEDecodeToVideo(io.ComfyNode):
                 io.Audio.Input(
                     "audio", optional=True, tooltip="Sound for the video; what is longer than the video is cut off."
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=16.0,
-                    min=0.01,
-                    max=240.0,
-                    step=0.001,
-                    round=0.001,
-                    tooltip="Frames a second: 16 for Wan 2.1 and the Wan 2.2 A14B models, 24 for Wan 2.2 5B.",
+                fps_input("Frames a second: 16 for Wan 2.1 and the Wan 2.2 A14B models, 24 for Wan 2.2 5B."),
+                prefix_input(
+                    "Folder and name inside the output folder; a number is appended, no file is ever replaced."
                 ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="video/ComfyUI",
-                    tooltip="Folder and name inside the output folder; a number is appended, no file is ever replaced.",
+                format_input(
+                    containers(formats()), "h264-mp4 plays everywhere; hevc is smaller; prores is for editing."
                 ),
-                io.Combo.Input(
-                    "format",
-                    options=[name for name, known in formats().items() if known.writer == "container"],
-                    default="h264-mp4",
-                    tooltip="h264-mp4 plays everywhere; hevc is smaller; prores is for editing.",
-                ),
-                io.Combo.Input(
-                    "quality",
-                    options=list(QUALITIES),
-                    default="standard",
-                    tooltip="small for sending, standard for watching, high for editing, best to be encoded again.",
-                ),
+                quality_input("small for sending, standard for watching, high for editing, best to be encoded again."),
                 _budget(),
-                io.Combo.Input(
-                    "encoder",
-                    options=list(ENCODERS),
-                    default=AUTOMATIC,
-                    optional=True,
-                    advanced=True,
-                    tooltip="automatic: the Mac's hardware first; software only: slower, smaller at the same quality.",
-                ),
-                io.Combo.Input(
-                    "audio_codec",
-                    options=list(AUDIO_CODECS),
-                    default=AUTOMATIC,
-                    optional=True,
-                    advanced=True,
-                    tooltip="automatic: AAC in mp4, uncompressed PCM in mov, Opus in webm.",
-                ),
-                io.String.Input(
-                    "encoder_options",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="FFmpeg options for the encoder, such as: preset=slow crf=17. They outdo the quality.",
-                ),
+                *encoder_inputs(),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
@@ -172,25 +131,15 @@ class VAEDecodeToVideo(io.ComfyNode):
         quality: str,
         audio: Any = None,
         budget_gib: float = 0.0,
-        encoder: str = AUTOMATIC,
-        audio_codec: str = AUTOMATIC,
-        encoder_options: str = "",
+        **options: str,
     ) -> io.NodeOutput:
         import folder_paths
 
         from ..memory.comfy_vae_stages import decode_to
-        from ..video.comfy_saving import Settings
         from ..video.comfy_stream_saving import StreamedSave
 
-        settings = Settings(
-            filename_prefix,
-            format,
-            quality,
-            software_only=encoder != AUTOMATIC,
-            audio_codec=None if audio_codec == AUTOMATIC else audio_codec,
-            encoder_options=encoder_options,
-        )
-        with StreamedSave(audio, fps, settings, cls.hidden) as saving:
+        wanted = settings(filename_prefix, format, quality, **options)
+        with StreamedSave(audio, fps, wanted, cls.hidden) as saving:
             decode_to(
                 vae,
                 samples["samples"],

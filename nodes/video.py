@@ -7,12 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..video.comfy_formats import formats
-from ..video.video_formats import QUALITIES
+from .video_inputs import encoder_inputs, format_input, fps_input, prefix_input, quality_input, settings
 
 CATEGORY = "Apple Silicon Video/video"
-AUTOMATIC = "automatic"
-ENCODERS = (AUTOMATIC, "software only")
-AUDIO_CODECS = (AUTOMATIC, "aac", "opus", "pcm")
 ALIASES = ["save video", "export video", "video combine", "images to video", "png sequence"]
 ALIASES += ["mp4", "mov", "webm", "gif", "webp", "h264", "hevc", "h265", "prores", "av1", "vp9"]
 
@@ -53,44 +50,23 @@ class SaveVideo(io.ComfyNode):
                     optional=True,
                     tooltip="White parts become transparent, for formats with alpha: one mask, or one for each frame.",
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=16.0,
-                    min=0.01,
-                    max=240.0,
-                    step=0.001,
-                    round=0.001,
-                    tooltip=(
-                        "Frames a second: 16 for Wan 2.1 and the Wan 2.2 A14B models, 24 for Wan 2.2 5B. 23.976, 29.97 "
-                        "and 59.94 mean the exact rates 24000/1001, 30000/1001 and 60000/1001. A connected video keeps "
-                        "its own."
-                    ),
+                fps_input(
+                    "Frames a second: 16 for Wan 2.1 and the Wan 2.2 A14B models, 24 for Wan 2.2 5B. 23.976, 29.97 "
+                    "and 59.94 mean the exact rates 24000/1001, 30000/1001 and 60000/1001. A connected video keeps "
+                    "its own."
                 ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="video/ComfyUI",
-                    tooltip=(
-                        "Folder and name inside the output folder; a number is appended and no file is ever replaced. "
-                        "May hold %date:yyyy-MM-dd%, %width%, %height% or a value such as %KSampler.seed%."
-                    ),
+                prefix_input(
+                    "Folder and name inside the output folder; a number is appended and no file is ever replaced. "
+                    "May hold %date:yyyy-MM-dd%, %width%, %height% or a value such as %KSampler.seed%."
                 ),
-                io.Combo.Input(
-                    "format",
-                    options=list(formats()),
-                    default="h264-mp4",
-                    tooltip=(
-                        "h264-mp4 plays everywhere; hevc is smaller; prores is for editing, prores4444 with alpha; "
-                        "vp9-webm has alpha in browsers; gif, webp and png make pictures."
-                    ),
+                format_input(
+                    formats(),
+                    "h264-mp4 plays everywhere; hevc is smaller; prores is for editing, prores4444 with alpha; "
+                    "vp9-webm has alpha in browsers; gif, webp and png make pictures.",
                 ),
-                io.Combo.Input(
-                    "quality",
-                    options=list(QUALITIES),
-                    default="standard",
-                    tooltip=(
-                        "small for sending, standard for watching (no visible loss in most clips), high for editing, "
-                        "best when the file is to be encoded again."
-                    ),
+                quality_input(
+                    "small for sending, standard for watching (no visible loss in most clips), high for editing, "
+                    "best when the file is to be encoded again."
                 ),
                 io.Int.Input(
                     "loop",
@@ -115,29 +91,7 @@ class SaveVideo(io.ComfyNode):
                     optional=True,
                     tooltip="Also save the first frame as a PNG beside the video, with the workflow inside.",
                 ),
-                io.Combo.Input(
-                    "encoder",
-                    options=list(ENCODERS),
-                    default=AUTOMATIC,
-                    optional=True,
-                    advanced=True,
-                    tooltip="automatic: the Mac's hardware first; software only: slower, smaller at the same quality.",
-                ),
-                io.Combo.Input(
-                    "audio_codec",
-                    options=list(AUDIO_CODECS),
-                    default=AUTOMATIC,
-                    optional=True,
-                    advanced=True,
-                    tooltip="automatic: AAC in mp4, uncompressed PCM in mov, Opus in webm.",
-                ),
-                io.String.Input(
-                    "encoder_options",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="FFmpeg options for the encoder, such as: preset=slow crf=17. They outdo the quality.",
-                ),
+                *encoder_inputs(),
                 io.Boolean.Input(
                     "copy_streams",
                     default=True,
@@ -168,29 +122,12 @@ class SaveVideo(io.ComfyNode):
         video: Any = None,
         audio: Any = None,
         mask: Any = None,
-        loop: int = 0,
-        ping_pong: bool = False,
-        first_frame: bool = False,
-        encoder: str = AUTOMATIC,
-        audio_codec: str = AUTOMATIC,
-        encoder_options: str = "",
-        copy_streams: bool = True,
+        **options: Any,
     ) -> io.NodeOutput:
-        from ..video.comfy_saving import Settings, save
+        from ..video.comfy_saving import save
 
-        settings = Settings(
-            filename_prefix,
-            format,
-            quality,
-            loop,
-            ping_pong,
-            first_frame,
-            copy_streams,
-            software_only=encoder != AUTOMATIC,
-            audio_codec=None if audio_codec == AUTOMATIC else audio_codec,
-            encoder_options=encoder_options,
-        )
-        return save(images, video, mask, audio, fps, settings, cls.hidden)
+        wanted = settings(filename_prefix, format, quality, **options)
+        return save(images, video, mask, audio, fps, wanted, cls.hidden)
 
 
 NODES: list[type[io.ComfyNode]] = [SaveVideo]

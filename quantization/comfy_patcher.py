@@ -2,7 +2,8 @@
 
 Core would decode a patched weight and keep the dense result. Here the patches become weight functions of the
 layer, which decodes, patches and drops the result in each call: the blocks stay as they are in the file, and
-removing a LoRA means removing a function.
+removing a LoRA means removing a function. On MPS a patch's factors lie beside the weights, in half precision where the
+weight has no use for more.
 """
 
 from __future__ import annotations
@@ -16,9 +17,53 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
-from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
-from .tensor import QuantizedWeight
+from .half_factors import MOST_EXPONENT, to_half
+from .tensor import PlainFormat, QuantizedWeight
+
+ALPHA = 2
+PRODUCTS: dict[type[WeightAdapterBase], set[tuple[int, ...]]] = {
+    LoRAAdapter: {(0, 1), (0, 1, 3)},
+    LoHaAdapter: {(0, 1, 3, 4), (0, 1, 3, 4, 5, 6)},
+    LoKrAdapter: {(0, 1), (0, 5, 6), (0, 5, 6, 7), (1, 3, 4), (3, 4, 5, 6), (3, 4, 5, 6, 7)},
+}
+"""Adapters that add strength * alpha * a product, linear in each factor: which members of ``weights`` are its factors.
+
+Whatever else an adapter holds beside its alpha (a DoRA's magnitudes, a new shape) takes it off this table. GLoRA's sum
+of two products and the rotations of OFT and BOFT do not scale with their factors.
+"""
+
+
+def with_half_factors(patch: tuple) -> tuple:
+    """A patch of core's with its float32 factors in float16, their powers of two in its strength.
+
+    Args:
+        patch: (strength, value, ...); left as it is.
+
+    Returns:
+        The patch itself where nothing can be saved; else a new one whose factors are each within ``to_half``'s bound
+        of the given ones, and which core, computing in float32, applies exactly as it would these.
+    """
+    strength, value = patch[:2]
+    members, factors = _product(value)
+    halves = {i: half for i in factors if type(members[i]) is torch.Tensor and (half := to_half(members[i]))}
+    exponent = sum(power for _, power in halves.values())
+    if not halves or abs(exponent) > MOST_EXPONENT or not isinstance(strength, (int, float)):
+        return patch
+    changed = tuple(halves[i][0] if i in halves else member for i, member in enumerate(members))
+    scaled = type(value)(value.loaded_keys, changed) if type(value) in PRODUCTS else ("diff", changed)
+    return (strength * 2.0**exponent, scaled, *patch[2:])
+
+
+def _product(value: Any) -> tuple[tuple, tuple[int, ...]]:
+    """What a patch's value holds, and which of it are the factors of a product; nothing where it is none."""
+    if type(value) in PRODUCTS:
+        factors = tuple(i for i, member in enumerate(value.weights) if member is not None and i != ALPHA)
+        return (value.weights, factors) if factors in PRODUCTS[type(value)] else ((), ())
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and len(value[1]) == 1:
+        return value[1], (0,)
+    return (), ()
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
@@ -43,16 +88,20 @@ def _tensor_bytes(value: Any) -> int:
 
 
 class WeightPatch:
-    """Patches of one weight as a weight function: ``patch(dense) -> dense``, in the dtype of ``dense``.
+    """Patches of one weight as a weight function: ``patch(dense) -> dense``, both float32.
 
     Args:
         key: the weight's name in the model, for core's messages.
+        weight: what is patched; factors go to MPS in half precision if it is quantised.
         patches: core's patch tuples (strength, value, model strength, offset, function).
         original_weights: what core's "model as LoRA" patches subtract.
     """
 
-    def __init__(self, key: str, patches: list[tuple], original_weights: dict | None = None) -> None:
+    def __init__(
+        self, key: str, weight: QuantizedWeight, patches: list[tuple], original_weights: dict | None = None
+    ) -> None:
         self.key = key
+        self.halves = not isinstance(weight.block_format, PlainFormat)
         self.source = patches
         self.patches = patches
         self.original_weights = original_weights
@@ -62,7 +111,9 @@ class WeightPatch:
         if device is None or torch.device(device).type == "cpu":
             self.patches = self.source
             return 0
-        self.patches = [(p[0], _on_device(p[1], device), *p[2:]) for p in self.source]
+        halves = self.halves and torch.device(device).type == "mps"
+        kept = (with_half_factors(p) if halves else p for p in self.source)
+        self.patches = [(p[0], _on_device(p[1], device), *p[2:]) for p in kept]
         return sum(_tensor_bytes(p[1]) for p in self.patches)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
@@ -115,7 +166,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
             layer = self._layer(key)
             if layer is None:
                 continue
-            own = WeightPatch(key, patches)
+            own = WeightPatch(key, layer.weight, patches)
             moved += own.move_to(device)
             others = [f for f in layer.weight_function if not _is_model_patch(f)]
             layer.weight_function = [own, *others]
@@ -161,7 +212,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
         if key not in combined_patches:
             return None
-        patch = HookPatch(key, combined_patches[key], {key: original_weights.pop(key)})
+        patch = HookPatch(key, layer.weight, combined_patches[key], {key: original_weights.pop(key)})
         patch.move_to(self.load_device)
         self._set_hook_patch(layer, patch)
         self.cached_hook_patches.setdefault(hooks, {})[key] = (patch, layer.weight.device)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from _command_line import add_command, positive, printable, run, shortened, stop_on_signals
 from _pack import load_pack
 
 try:
@@ -37,7 +36,6 @@ from apple_silicon_video.quantization.quantizer_files import default_threads, qu
 from apple_silicon_video.quantization.recipes import RECIPES  # noqa: E402
 
 SHOWN_ITEMS = 8
-SHOWN_CHARACTERS = 100
 CHUNK_WEIGHTS = 4 << 20
 SECONDS_BEFORE_ESTIMATE, PART_BEFORE_ESTIMATE = 5.0, 0.001  # before that the first pieces' time misleads
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -45,57 +43,35 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (GGUFError, QuantizeError) as error:
-        print(_printable(str(error)), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
-        return 1
-    return 0
+    return run(_parser(), arguments, GGUFError, QuantizeError)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gguf.py", description="Look into GGUF files and make them.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "inspect", inspect, "show metadata, tensors and totals per type")
+    command = add_command(commands, "inspect", inspect, "show metadata, tensors and totals per type")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
-    command = _command(commands, "dequantize", dequantize_to_npy, "write one tensor as a NumPy file")
+    command = add_command(commands, "dequantize", dequantize_to_npy, "write one tensor as a NumPy file")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("tensor", metavar="TENSOR")
     command.add_argument("out", type=Path, metavar="OUT.npy")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the result (default: %(default)s)")
 
-    command = _command(commands, "quantize", quantize, "make a GGUF file from safetensors or another GGUF file")
+    command = add_command(commands, "quantize", quantize, "make a GGUF file from safetensors or another GGUF file")
     command.add_argument(
         "source", type=Path, metavar="SRC", help=".safetensors, .safetensors.index.json, .gguf, folder"
     )
     command.add_argument("out", type=Path, metavar="DST.gguf")
     command.add_argument("--type", choices=RECIPES, required=True, help="kind of file to make")
-    command.add_argument("--threads", type=_positive, default=default_threads(), help="(default: %(default)s)")
+    command.add_argument("--threads", type=positive, default=default_threads(), help="(default: %(default)s)")
     command.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix made by llama.cpp's imatrix")
     command.add_argument(
         "--lora", type=_lora, action="append", default=[], metavar="FILE[:STRENGTH]", help="merge in (may be repeated)"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 def _lora(text: str) -> tuple[Path, float]:
@@ -106,12 +82,6 @@ def _lora(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
-    return command
-
-
 def inspect(options: argparse.Namespace) -> None:
     """Print what a file holds, without decoding long arrays or tensors."""
     file = GGUFFile(options.file)
@@ -119,8 +89,8 @@ def inspect(options: argparse.Namespace) -> None:
         print(json.dumps(_report(file), indent=2))
         return
     size = file.path.stat().st_size
-    print(f"{_printable(str(file.path))}: GGUF version {file.version}, {size} bytes")
-    print(f"architecture: {_printable(file.architecture) if file.architecture else 'not given'}\n")
+    print(f"{printable(str(file.path))}: GGUF version {file.version}, {size} bytes")
+    print(f"architecture: {printable(file.architecture) if file.architecture else 'not given'}\n")
     rows = [(key, _kind(file, key), _shown_value(file, key)) for key in file.metadata]
     _print_table(("metadata", "kind", "value"), rows, "lll")
     tensors = file.tensors.values()
@@ -147,18 +117,17 @@ def dequantize_to_npy(options: argparse.Namespace) -> None:
                 out.write(piece.numpy().data)
     except OSError as error:
         raise GGUFError(f"{options.out} cannot be written ({error.strerror}); choose another place.") from error
-    print(f"{_printable(str(options.out))}: {_shape(info.original_shape)} {options.dtype}")
+    print(f"{printable(str(options.out))}: {_shape(info.original_shape)} {options.dtype}")
 
 
 def quantize(options: argparse.Namespace) -> None:
     """Quantise a model file and print what came of it; a signal to stop leaves nothing at the file's name."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    stop_on_signals()
     report = quantize_file(
         options.source, options.out, options.type, options.threads, options.imatrix, options.lora, _Progress()
     )
-    print("\n".join(map(_printable, report.text().split("\n"))))
+    print("\n".join(map(printable, report.text().split("\n"))))
 
 
 class _Progress:
@@ -178,7 +147,7 @@ class _Progress:
         left = spent * (1 - part) / part if part else 0.0
         known = part == 1 or (spent > SECONDS_BEFORE_ESTIMATE and part > PART_BEFORE_ESTIMATE)
         estimate = f"{left // 60:3.0f} min {left % 60:02.0f} s left" if known else " " * len("  0 min 00 s left")
-        line = f"{100 * part:5.1f} %  {estimate}  {_printable(name)}"
+        line = f"{100 * part:5.1f} %  {estimate}  {printable(name)}"
         print(
             f"\r{line:<79}" if terminal else line,
             end="" if terminal and part < 1 else "\n",
@@ -248,8 +217,7 @@ def _kind(file: GGUFFile, key: str) -> str:
 def _shown_value(file: GGUFFile, key: str) -> str:
     if (file.metadata.length(key) or 0) > SHOWN_ITEMS:
         return "..."
-    text = str(_json_value(file.metadata[key]))
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    return shortened(str(_json_value(file.metadata[key])))
 
 
 def _totals(file: GGUFFile) -> list[dict[str, Any]]:
@@ -277,7 +245,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], alignment: str) -> None:
-    cells = [heads, *(tuple(map(_printable, row)) for row in rows)]
+    cells = [heads, *(tuple(map(printable, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         padded = (
@@ -285,11 +253,6 @@ def _print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], alignm
         )
         print("  ".join(padded).rstrip())
     print()
-
-
-def _printable(text: str) -> str:
-    """Text with control characters and line breaks escaped, so that a file cannot steer the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 if __name__ == "__main__":

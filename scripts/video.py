@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
+from _command_line import add_command, positive, printable, run, shortened, stop_on_signals
 from _pack import load_pack
 
 try:
@@ -35,49 +33,34 @@ from apple_silicon_video.video.info_text import info_data, info_text  # noqa: E4
 from apple_silicon_video.video.reader import FrameSelection, open_video  # noqa: E402
 from apple_silicon_video.video.video_formats import QUALITIES, VideoFormat, load_formats  # noqa: E402
 
-SHOWN_CHARACTERS = 100
 FRAMES_FORMATS = {False: "png-8bit", True: "png-16bit"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except VideoError as error:
-        print(_printable(str(error)), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
-        return 1
-    return 0
+    stop_on_signals()
+    return run(_parser(), arguments, VideoError)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="video.py", description="Look into videos and make them.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "info", info, "show what a video holds")
+    command = add_command(commands, "info", info, "show what a video holds")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
-    command = _command(commands, "frames", frames, "write frames of a video as PNG pictures")
+    command = add_command(commands, "frames", frames, "write frames of a video as PNG pictures")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("--start", type=int, default=0, metavar="S", help="first frame, negative from the end")
-    command.add_argument("--count", type=_positive, metavar="N", help="how many (default: all from there on)")
+    command.add_argument("--count", type=positive, metavar="N", help="how many (default: all from there on)")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
-    command = _command(commands, "encode", encode, "make a video of a folder's pictures, in the order of their names")
+    command = add_command(
+        commands, "encode", encode, "make a video of a folder's pictures, in the order of their names"
+    )
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("out", type=Path, metavar="OUT", help="file to write; an existing one is replaced")
     command.add_argument("--format", choices=load_formats(), metavar="NAME", help=_formats())
@@ -88,21 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
-    return command
-
-
 def _formats() -> str:
     return f"{', '.join(load_formats())} (default: the first that OUT's ending fits)"
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
 
 
 def _rate(text: str) -> Fraction:
@@ -122,11 +92,10 @@ def info(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(info_data(found), indent=2, ensure_ascii=False))
         return
-    print(_printable(found.path))
+    print(printable(found.path))
     print(info_text(found))
     for name, value in found.metadata.items():
-        text = _printable(f"{name}: {value}")
-        print(text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}...")
+        print(shortened(printable(f"{name}: {value}")))
 
 
 def frames(options: argparse.Namespace) -> None:
@@ -140,7 +109,7 @@ def frames(options: argparse.Namespace) -> None:
             options.out, fps=known.fps, video_format=load_formats()[FRAMES_FORMATS[known.bit_depth > 8]]
         ) as writer:
             writer.write_all(pictures)
-    print(f"{_printable(str(options.out))}: {_frames(count)}")
+    print(f"{printable(str(options.out))}: {_frames(count)}")
 
 
 def encode(options: argparse.Namespace) -> None:
@@ -148,7 +117,7 @@ def encode(options: argparse.Namespace) -> None:
     pictures, video_format = _Pictures(options.folder), _format_for(options.out, options.format)
     video = encode_video(options.out, pictures, fps=options.fps, video_format=video_format, quality=options.quality)
     print(
-        f"{_printable(str(video.path))}: {video.width}x{video.height}, {_frames(video.frames)} at {_fps(video.fps)}, "
+        f"{printable(str(video.path))}: {video.width}x{video.height}, {_frames(video.frames)} at {_fps(video.fps)}, "
         f"{video.encoder}"
     )
 
@@ -192,11 +161,6 @@ def _frames(count: int) -> str:
 
 def _fps(fps: Fraction) -> str:
     return str(fps) if fps.denominator == 1 else f"{fps} ({float(fps):.3f})"
-
-
-def _printable(text: str) -> str:
-    """Text with control characters and line breaks escaped, so that a file cannot steer the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ FILES: dict[str, ModelFile] = dict(
         *_quantised(
             "samuelchristlie/Wan2.1-T2V-1.3B-GGUF",
             "Wan2.1-T2V-1.3B",
-            {"Q5_K_M": 1.1, "Q8_0": 1.6},
+            {"Q5_K_M": 1.1, "Q8_0": 1.5},
             "diffusion_models",
         ),
         *_quantised(

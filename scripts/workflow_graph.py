@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GAP = 40
-HEADER, ROW = 40, 26
-VISIBLE_WIDTH = 1760
-MARGINS = (110, 200)
+HEADER, ROW = 26, 26
+VISIBLE = (1790, 972)
+MARGINS = (96, 98)
+"""Pixels of a window of 1920 x 1080: its part that is free for the graph, and what lies left of and above it."""
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Node:
         widgets: widget name -> value; a name that begins with "~" is a front-end control and no input.
         outputs: (name, type) of each output.
         models: files that the front end offers for download (name, url, directory).
+        colors: of title and body; the front end's own if None.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Node:
     models: list[dict[str, str]] = field(default_factory=list)
     width: int = 360
     height: int | None = None
+    colors: tuple[str, str] | None = None
     id: int = 0
     position: tuple[int, int] = (0, 0)
 
@@ -61,7 +64,7 @@ class Graph:
         for title, nodes in self.columns:
             y, width = 0, max(node.width for node in nodes)
             for node in nodes:
-                node.position = (x, y)
+                node.position, node.width = (x, y), width
                 y += node.size()[1] + ROW + GAP
             bounding = [x - 20, -90, width + 40, y + 60]
             groups.append({"title": title, "bounding": bounding, "color": "#3f789e", "font_size": 24, "flags": {}})
@@ -113,6 +116,8 @@ class Graph:
             }
             if node.title:
                 item["title"] = node.title
+            if node.colors:
+                item["color"], item["bgcolor"] = node.colors
             out.append(item)
         return {
             "last_node_id": len(nodes),
@@ -127,9 +132,11 @@ class Graph:
 
     def _view(self) -> dict[str, Any]:
         """Zoom and offset with which the whole graph is seen, clear of the front end's own bars, at 1920 x 1080."""
-        width = sum(max(n.width for n in nodes) + 2 * GAP for _, nodes in self.columns)
-        scale = math.floor(min(1.0, VISIBLE_WIDTH / width) * 100) / 100
-        return {"scale": scale, "offset": [round(margin / scale) for margin in MARGINS]}
+        groups = [group["bounding"] for group in self._place()]
+        (left, top, *_), right = groups[0], groups[-1][0] + groups[-1][2]
+        whole = (right - left, max(height for _, _, _, height in groups))
+        scale = math.floor(min(1.0, *(room / size for room, size in zip(VISIBLE, whole, strict=True))) * 100) / 100
+        return {"scale": scale, "offset": [round(MARGINS[0] / scale - left), round(MARGINS[1] / scale - top)]}
 
     def to_api(self) -> dict[str, Any]:
         """The graph as /prompt takes it."""

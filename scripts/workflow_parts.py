@@ -14,6 +14,17 @@ LATENT, IMAGE = [("LATENT", "LATENT")], [("IMAGE", "IMAGE")]
 PROMPTS = [("positive", "CONDITIONING"), ("negative", "CONDITIONING")]
 CONDITIONED = [*PROMPTS, ("latent", "LATENT")]
 GOES_ON = "fixed"
+GET_FILES = (
+    "**First the files:** click a name to download it, move it into its folder inside ComfyUI, "
+    "and press *R* when all are there."
+)
+RUN = (
+    "**Then** choose your picture or clip where there is one, write the prompt and press *Run*: "
+    "the video goes to *output/video*."
+)
+NOTE_COLORS = ("#2a3b4d", "#1f2a36")
+LOADER = 140
+"""Height that leaves room for the Download button of web/js/missing_files.js."""
 
 Link = tuple[Node, int]
 
@@ -29,22 +40,23 @@ def note(title: str, files: list[str], advice: str) -> Node:
         f"| [{name}]({FILES[name].url}) | {FILES[name].gigabytes:g} GB | models/{FILES[name].directory} |"
         for name in files
     )
-    text = f"## {title}\n\n| file | size | folder |\n|---|---|---|\n{rows}\n\n{advice}"
-    return Node("MarkdownNote", widgets={"~text": text}, title="Read me", width=560, height=760)
+    text = f"## {title}\n\n{GET_FILES}\n\n| file | size | folder |\n|---|---|---|\n{rows}\n\n{RUN}\n\n{advice}"
+    return Node("MarkdownNote", widgets={"~text": text}, title="Read me", width=520, height=780, colors=NOTE_COLORS)
 
 
 def diffusion_model(name: str, title: str | None = None) -> Node:
     widgets = {"unet_name": name, "dtype": "auto"}
-    return Node("MPSLoadDiffusionModel", widgets=widgets, outputs=MODEL, models=downloads(name), title=title)
+    return Node("MPSLoadDiffusionModel", {}, widgets, MODEL, title, downloads(name), height=LOADER)
 
 
-def lora(model: Node, name: str) -> Node:
+def lora(model: Node, name: str, title: str) -> Node:
     widgets = {"lora_name": name, "strength_model": 1.0}
-    return Node("LoraLoaderModelOnly", {"model": (model, 0)}, widgets, MODEL, models=downloads(name))
+    return Node("LoraLoaderModelOnly", {"model": (model, 0)}, widgets, MODEL, title, downloads(name))
 
 
 def vae(name: str) -> Node:
-    return Node("MPSLoadVAE", widgets={"vae_name": name, "dtype": "auto"}, outputs=VAE, models=downloads(name))
+    widgets = {"vae_name": name, "dtype": "auto"}
+    return Node("MPSLoadVAE", {}, widgets, VAE, models=downloads(name), height=LOADER)
 
 
 def prompts(encoder: str, positive: str) -> Node:
@@ -56,15 +68,15 @@ def prompts(encoder: str, positive: str) -> Node:
         "device": "auto",
         "keep_on_disk": True,
     }
-    return Node("MPSEncodePrompts", {}, widgets, PROMPTS, models=downloads(encoder), width=420, height=460)
+    return Node("MPSEncodePrompts", {}, widgets, PROMPTS, models=downloads(encoder), width=400, height=400)
 
 
-def shift(model: Node, value: float) -> Node:
-    return Node("ModelSamplingSD3", {"model": (model, 0)}, {"shift": value}, MODEL)
+def shift(model: Node, value: float, title: str = "Shift") -> Node:
+    return Node("ModelSamplingSD3", {"model": (model, 0)}, {"shift": value}, MODEL, title)
 
 
-def governor(model: Node) -> Node:
-    return Node("MPSMemoryGovernor", {"model": (model, 0)}, {"setting": "careful"}, MODEL)
+def governor(model: Node, title: str | None = None) -> Node:
+    return Node("MPSMemoryGovernor", {"model": (model, 0)}, {"setting": "careful"}, MODEL, title)
 
 
 def picture(title: str) -> Node:
@@ -84,7 +96,7 @@ def sampler(model: Node, positive: Link, negative: Link, latent: Link, *, steps:
         "scheduler": "simple",
         "denoise": denoise,
     }
-    return Node("KSampler", links, widgets, LATENT)
+    return Node("KSampler", links, widgets, LATENT, height=290)
 
 
 def expert(
@@ -105,7 +117,7 @@ def expert(
         "return_with_leftover_noise": "enable" if first else "disable",
     }
     title = f"High noise: steps 0-{change}" if first else f"Low noise: steps {change}-{steps}"
-    return Node("KSamplerAdvanced", links, widgets, LATENT, title)
+    return Node("KSamplerAdvanced", links, widgets, LATENT, title, height=350)
 
 
 def decode(latent: Node, decoder: Node) -> Node:
@@ -127,7 +139,7 @@ def save(images: Link, prefix: str, fps: float) -> Node:
         "copy_streams": True,
     }
     outputs = [("video", "VIDEO"), ("path", "STRING")]
-    return Node("MPSSaveVideo", {"images": images}, widgets, outputs, width=460, height=640)
+    return Node("MPSSaveVideo", {"images": images}, widgets, outputs, width=400, height=640)
 
 
 def load_video(width: int, height: int, frames: int, fps: float) -> Node:
@@ -147,7 +159,7 @@ def load_video(width: int, height: int, frames: int, fps: float) -> Node:
         "~upload": "image",
     }
     outputs = [*IMAGE, ("mask", "MASK"), ("audio", "AUDIO"), ("fps", "FLOAT"), ("frame_count", "INT")]
-    return Node("MPSLoadVideo", {}, widgets, [*outputs, ("video", "VIDEO")], width=420, height=640)
+    return Node("MPSLoadVideo", {}, widgets, [*outputs, ("video", "VIDEO")], width=400, height=720)
 
 
 def last_frames(images: Node) -> Node:
@@ -159,7 +171,7 @@ def extend(clips: list[Node], fps: float) -> Node:
     links = {f"clips.clip{number}": (clip, 0) for number, clip in enumerate(clips)}
     widgets = {"overlap": 1, "transition": "smooth", "match_color": False, "fps": fps}
     outputs = [("images", "IMAGE"), ("audio", "AUDIO"), ("frame_count", "INT")]
-    return Node("MPSExtendVideo", links, widgets, outputs)
+    return Node("MPSExtendVideo", links, widgets, outputs, height=240)
 
 
 def build(columns: list[tuple[str, list[Node]]]) -> Graph:

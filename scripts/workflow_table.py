@@ -14,6 +14,7 @@ from workflow_files import SPEED_LORAS
 from workflow_graph import Graph, Node
 
 ENCODER = {16: "umt5-xxl-encoder-Q5_K_M.gguf", 64: "umt5-xxl-encoder-Q8_0.gguf"}
+EXPERTS = ("High", "Low")
 VAE_21, VAE_22 = "wan_2.1_vae.safetensors", "wan2.2_vae.safetensors"
 FOX = "A red fox walks through fresh snow at sunrise, low camera, soft light, film grain"
 ALIVE = "The scene comes alive: gentle wind, slow camera push-in, natural motion"
@@ -52,9 +53,9 @@ class Row:
         )
 
 
-def _finish(latent: Node, decoder: Node, prefix: str, fps: float) -> tuple[str, list[Node]]:
+def _finish(latent: Node, decoder: Node, prefix: str, fps: float, number: int = 4) -> tuple[str, list[Node]]:
     decode = parts.decode(latent, decoder)
-    return "4. Decode and save", [decode, parts.save((decode, 0), prefix, fps)]
+    return f"{number}. Decode and save", [decode, parts.save((decode, 0), prefix, fps)]
 
 
 def text_to_video_1_3b(row: Row) -> Graph:
@@ -156,33 +157,29 @@ class Pair:
         high = expert(0, latent)
         return [high, expert(1, (high, 0))]
 
-    def column(self, samplers: list[Node]) -> list[Node]:
-        """Everything of the sampling stage."""
+    def columns(self, samplers: list[Node]) -> list[tuple[str, list[Node]]]:
+        """Everything of the sampling stage: a column for each expert."""
         return [
-            self.shifts[0],
-            self.watched[0],
-            samplers[0],
-            self.shifts[1],
-            self.watched[1],
-            samplers[1],
+            (f"{number}. Sample: {noise.lower()} noise", list(nodes))
+            for number, noise, *nodes in zip((3, 4), EXPERTS, self.shifts, self.watched, samplers, strict=True)
         ]
 
 
 def experts(row: Row, task: str) -> Pair:
     """Loaders, LoRAs, shift and governor of both experts; ``task``: "t2v" or "i2v"."""
     files, loaders, shifts, watched = [], [], [], []
-    for noise, title in (("High", "High-noise expert"), ("Low", "Low-noise expert")):
+    for noise in EXPERTS:
         file = f"Wan2.2-{task.upper()}-A14B-{noise}Noise-{row.quantisation}.gguf"
-        model = parts.diffusion_model(file, title)
+        model = parts.diffusion_model(file, f"{noise} noise: model")
         files.append(file)
         loaders.append(model)
         if row.fast:
             speed = f"{SPEED_LORAS[task]}_{noise.lower()}_noise.safetensors"
-            model = parts.lora(model, speed)
+            model = parts.lora(model, speed, f"{noise} noise: 4-step LoRA")
             files.append(speed)
             loaders.append(model)
-        shifts.append(parts.shift(model, 5.0 if row.fast else 8.0))
-        watched.append(parts.governor(shifts[-1]))
+        shifts.append(parts.shift(model, 5.0 if row.fast else 8.0, f"{noise} noise: shift"))
+        watched.append(parts.governor(shifts[-1], f"{noise} noise: memory governor"))
     steps, cfg, change = (4, 1.0, 2) if row.fast else (20, 3.5, 10)
     return Pair(files, loaders, shifts, watched, steps, cfg, change)
 
@@ -198,8 +195,8 @@ def _a14b(
             ("Read me", [parts.note(row.title, [*pair.files, row.encoder, VAE_21], row.advice(16))]),
             ("1. Load", [*pair.loaders, decoder]),
             ("2. Prompt and size", [*inputs, text, start]),
-            ("3. Sample", pair.column(samplers)),
-            _finish(samplers[1], decoder, prefix, 16.0),
+            *pair.columns(samplers),
+            _finish(samplers[1], decoder, prefix, 16.0, number=5),
         ]
     )
 

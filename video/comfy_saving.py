@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .comfy_formats import formats
+from .comfy_video import trim_window
 from .encoding import EncodedVideo, encode_video, frame_rate, picture_size, save_picture
 from .errors import VideoError
 from .frame_stream import ImageFrames, TappedFrames, VideoFrames, playing_order
@@ -112,8 +113,8 @@ def _clip_of(video: Any, mask: Tensor | None, audio: Mapping[str, Any] | None, s
         sound = audio if audio is not None else parts.audio
         return _clip_of_images(parts.images, mask, sound, Fraction(parts.frame_rate))
     source = video.get_stream_source()
-    start, length = _trim_window(video)
     reader = stack.enter_context(open_video(source))
+    start, length = trim_window(video, reader)
     selection = FrameSelection(
         start_time=start or None,
         length=length or None,
@@ -129,14 +130,6 @@ def _clip_of(video: Any, mask: Tensor | None, audio: Mapping[str, Any] | None, s
         sound,
         file=source if not start and not length else None,
     )
-
-
-def _trim_window(video: Any) -> tuple[float, float]:
-    """Seconds of a VIDEO's start and length, 0 for none; ComfyUI before 0.24 has no method for it."""
-    if hasattr(video, "get_active_trim_window"):
-        return video.get_active_trim_window()
-    start, length = (getattr(video, f"_VideoFromFile__{name}", 0) for name in ("start_time", "duration"))
-    return float(start), float(length)
 
 
 def _may_copy(settings: Settings, mask: Tensor | None, audio: Mapping[str, Any] | None) -> bool:

@@ -23,12 +23,11 @@ def video_file(video: Any, names_for: Callable[[str], Iterable[Path]], encoding:
     names_for and encoding: as for `trim`, which cuts a VIDEO that is a range of its file. Raises VideoError.
     """
     source = video.get_stream_source()
-    start, length = _range(video)
     path = Path(source) if isinstance(source, str) else _write(source.getbuffer(), names_for(".mp4"))
-    if start == 0 and length == 0:
+    if not any(_range(video)):
         return path
     with open_video(path) as reader:
-        start -= float(reader.clock_origin) if start > 0 else 0
+        start, length = trim_window(video, reader)
     selection = FrameSelection(start_time=start, length=length or None)
     return trim(path, names_for, encoding, selection).path
 
@@ -43,11 +42,10 @@ def open_input(video: Any) -> VideoReader | VideoSection | TensorVideo:
         parts = video.get_components()
         return TensorVideo(parts.images, Fraction(parts.frame_rate), parts.audio, getattr(parts, "alpha", None))
     reader = open_video(video.get_stream_source())
-    start, length = _range(video)
-    if start == 0 and length == 0:
+    if not any(_range(video)):
         return reader
     try:
-        return VideoSection(reader, start - float(reader.clock_origin) if start > 0 else start, length)
+        return VideoSection(reader, *trim_window(video, reader))
     except VideoError:
         reader.close()
         raise
@@ -81,6 +79,23 @@ def video_of(reader: VideoReader | VideoSection | TensorVideo, video: Any, selec
     )
 
 
+def trim_window(video: Any, reader: VideoReader) -> tuple[float, float]:
+    """Start and length in seconds of a VIDEO that was cut, 0 where it was not, by the clock of the file's reader.
+
+    That clock begins with the first frame; ComfyUI's begins with the container's zero, negative starts at the end.
+    """
+    start, length = _range(video)
+    return max(0.0, start - float(reader.clock_origin)) if start > 0 else start, length
+
+
+def _range(video: Any) -> tuple[float, float]:
+    """Start and length in seconds of a VIDEO that was cut, 0 where it was not; ComfyUI before 0.24 does not tell."""
+    if hasattr(video, "get_active_trim_window"):
+        return video.get_active_trim_window()
+    fields = vars(video)
+    return fields.get("_VideoFromFile__start_time", 0) or 0, fields.get("_VideoFromFile__duration", 0) or 0
+
+
 def _components(reader: TensorVideo, selection: FrameSelection) -> Any:
     """A VIDEO of a part of frames in memory."""
     from comfy_api.latest import InputImpl, Types
@@ -90,15 +105,6 @@ def _components(reader: TensorVideo, selection: FrameSelection) -> Any:
     images = reader.read(chosen)
     parts = Types.VideoComponents(images=images, audio=reader.audio(begin, end), frame_rate=reader.info.fps)
     return InputImpl.VideoFromComponents(parts)
-
-
-def _range(video: Any) -> tuple[float, float]:
-    """Start and length in seconds of a VIDEO that was cut, 0 where it was not; older ComfyUIs do not tell openly."""
-    if hasattr(video, "get_active_trim_window"):
-        start, length = video.get_active_trim_window()
-        return start, length
-    fields = vars(video)
-    return fields.get("_VideoFromFile__start_time", 0) or 0, fields.get("_VideoFromFile__duration", 0) or 0
 
 
 def _write(content: memoryview, names: Iterable[Path]) -> Path:

@@ -44,7 +44,7 @@ class ContainerFile:
         job = self._job
         picture = job.picture(frame, index, self._encoder)
         for name, value in job.format.color_space.frame_tags.items():
-            with suppress(AttributeError):  # PyAV before 16 sets some of them on streams only
+            with suppress(AttributeError):  # PyAV before 17 sets some of them on streams only
                 setattr(picture, name, value)
         self._mux(encoded(self._video, picture, started=index > 0))
         if self._audio is not None and job.audio is not None:

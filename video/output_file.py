@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import av
 
@@ -23,6 +24,8 @@ try:
     import fcntl
 except ImportError:  # Windows: a fragment there cannot be told from a file in use, and its name is passed over
     fcntl = None  # type: ignore[assignment]
+
+Output = TypeVar("Output", bound="_Output")
 
 WRITE_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space and run again",
@@ -53,7 +56,49 @@ def numbered_names(folder: Path, stem: str, counter: int, suffix: str) -> Iterat
         yield folder / f"{stem}_{number:05}_{suffix}"
 
 
-class OutputFile:
+class _Output:
+    """Takes the first name that is free and creates what will have it, hidden, for this process alone."""
+
+    in_use: str
+    _replace = False
+
+    def __init__(self, names: Iterable[Path]) -> None:
+        self._names = iter(names)
+        self._lock: int | None = None
+        self.path = Path()
+        self.partial = Path()
+
+    def __enter__(self: Output) -> Output:
+        for path in self._names:
+            self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+            with writing(path):
+                if (self._replace or not path.exists()) and self._claim():
+                    return self
+        raise VideoError(f"Cannot save {self.path}: {self.in_use}.")
+
+    def _claim(self) -> bool:
+        for _ in range(2):
+            try:
+                descriptor = self._create()
+            except FileExistsError:
+                if not _remove_if_abandoned(self.partial):
+                    return False
+                continue
+            if descriptor is None:
+                return True
+            if _lock(descriptor, self.partial) is not False:
+                self._lock = descriptor
+                return True
+            os.close(descriptor)
+            return False
+        return False
+
+    def _create(self) -> int | None:
+        """Create ``partial`` and open it for the lock, None where there are none; FileExistsError if it is there."""
+        raise NotImplementedError
+
+
+class OutputFile(_Output):
     """Context manager for one new file: fill `partial`, then call `publish`; without that nothing stays behind.
 
     names: candidates for the final name, in order of preference. A name that exists or that another process is
@@ -61,20 +106,11 @@ class OutputFile:
     Raises VideoError, one sentence, when no name can be used or the folder refuses.
     """
 
-    def __init__(self, names: Iterable[Path], replace: bool = False) -> None:
-        self._names = iter(names)
-        self._replace = replace
-        self._lock: int | None = None
-        self.path = Path()
-        self.partial = Path()
+    in_use = "the name is in use; choose another one"
 
-    def __enter__(self) -> OutputFile:
-        for path in self._names:
-            self.path, self.partial = path, path.with_name(f".{path.name}.partial")
-            with writing(path):
-                if (self._replace or not path.exists()) and self._claim():
-                    return self
-        raise VideoError(f"Cannot save {self.path}: the name is in use; choose another one.")
+    def __init__(self, names: Iterable[Path], replace: bool = False) -> None:
+        super().__init__(names)
+        self._replace = replace
 
     def publish(self) -> Path:
         """Sync the finished file and move it into place; returns its final name."""
@@ -93,24 +129,12 @@ class OutputFile:
         if self._lock is not None:
             os.close(self._lock)
 
-    def _claim(self) -> bool:
-        """Create the hidden file for this process alone."""
-        for _ in range(2):
-            try:
-                descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                if not _remove_if_abandoned(self.partial):
-                    return False
-                continue
-            if fcntl is None:
-                os.close(descriptor)
-                return True
-            if _lock(descriptor, self.partial) is not False:
-                self._lock = descriptor
-                return True
-            os.close(descriptor)
-            return False
-        return False
+    def _create(self) -> int | None:
+        descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if fcntl is not None:
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def _move(self) -> None:
         if self._replace:
@@ -130,25 +154,13 @@ class OutputFile:
         raise FileExistsError(errno.EEXIST, "the name is in use", str(self.path))
 
 
-class OutputFolder:
+class OutputFolder(_Output):
     """Context manager for one new folder: fill `partial`, then call `publish`; without that nothing stays behind.
 
     names: as for OutputFile; no folder is ever replaced. Raises VideoError, one sentence, when no name can be used.
     """
 
-    def __init__(self, names: Iterable[Path]) -> None:
-        self._names = iter(names)
-        self._lock: int | None = None
-        self.path = Path()
-        self.partial = Path()
-
-    def __enter__(self) -> OutputFolder:
-        for path in self._names:
-            self.path, self.partial = path, path.with_name(f".{path.name}.partial")
-            with writing(path):
-                if not path.exists() and self._claim():
-                    return self
-        raise VideoError(f"Cannot save {self.path}: the name is in use, and folders are not replaced; choose another.")
+    in_use = "the name is in use, and folders are not replaced; choose another"
 
     def publish(self) -> Path:
         """Sync the finished folder and move it into place; returns its final name."""
@@ -163,24 +175,9 @@ class OutputFolder:
         if self._lock is not None:
             os.close(self._lock)
 
-    def _claim(self) -> bool:
-        """Create the hidden folder for this process alone."""
-        for _ in range(2):
-            try:
-                os.mkdir(self.partial)
-            except FileExistsError:
-                if not _remove_if_abandoned(self.partial):
-                    return False
-                continue
-            if fcntl is None:
-                return True
-            descriptor = os.open(self.partial, os.O_RDONLY)
-            if _lock(descriptor, self.partial) is not False:
-                self._lock = descriptor
-                return True
-            os.close(descriptor)
-            return False
-        return False
+    def _create(self) -> int | None:
+        os.mkdir(self.partial)
+        return None if fcntl is None else os.open(self.partial, os.O_RDONLY)
 
     def _move(self) -> None:
         for candidate in itertools.chain([self.path], self._names):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -182,7 +182,9 @@ def splice(
     source = pieces[0].source
     total = sum((piece.end - piece.start for piece in pieces), Fraction(0))
     with OutputFile(names) as output:
-        options = {"movflags": "use_metadata_tags+faststart"} if source.suffix in (".mp4", ".mov") else {}
+        clock, options = _common_clock(pieces), {}
+        if source.suffix in (".mp4", ".mov"):
+            options = {"movflags": "use_metadata_tags+faststart", "video_track_timescale": str(clock.denominator)}
         with writing(output.path):
             target = av.open(str(output.partial), "w", format=MUXERS[source.suffix], options=options)
         with target, open_container(source.path) as container:
@@ -192,8 +194,8 @@ def splice(
             video.metadata.update(template.metadata)
             if source.suffix in (".mp4", ".mov"):  # QuickTime plays hvc1 and not hev1; ProRes has its depth there
                 video.codec_context.codec_tag = template.codec_context.codec_tag
-            clock = _common_clock(pieces)
-            video.time_base = clock
+            with suppress(RuntimeError):  # PyAV before 15 has encoders' clocks set only; its MP4 goes by the option
+                video.time_base = clock
             sound = _sound_stream(target, pieces)
             with writing(output.path):
                 target.start_encoding()

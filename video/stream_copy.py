@@ -49,11 +49,15 @@ def copy_streams(
         video = template.streams.video[0]
         rate = Fraction(video.average_rate or 1)
         options = video_format.muxer_options(rate)
+        if video_format.timescale_option and video.time_base is not None:
+            options["video_track_timescale"] = str(video.time_base.denominator)  # PyAV before 15 sets no clock itself
         with writing(output.path):
             target = av.open(str(output.partial), "w", format=video_format.container, options=options)
         with target:
             target.metadata.update(metadata)
-            streams = {stream.index: target.add_stream_from_template(stream) for stream in template.streams}
+            streams = {
+                stream.index: target.add_stream_from_template(stream, opaque=True) for stream in template.streams
+            }
             if video_format.codec_tag:
                 streams[video.index].codec_context.codec_tag = video_format.codec_tag
             with writing(output.path):

@@ -44,7 +44,7 @@ FIT = """([margin, side, bar]) => {
     return [(right - left) * scale + 2 * margin, (bottom - top) * scale + 2 * margin]
 }"""
 SETTINGS = {"Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False, "Comfy.Minimap.Visible": False}
-BAR = 76  # pixels that the front end's own bars take at the top
+BAR = 100  # pixels that the front end's own bars take at the top
 
 
 def main(names: list[str]) -> None:

@@ -53,9 +53,15 @@ class FrontEnd:
         *,
         settings: dict[str, Any] | None = None,
         size: tuple[int, int] = (1920, 1080),
+        online: bool = False,
     ) -> None:
-        """Open the front end at ``url`` with ``settings`` stored on its server, and wait until it is ready."""
-        self.page: Page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        """Open the front end at ``url`` with ``settings`` stored on its server, and wait until it is ready.
+
+        ComfyUI's --disable-api-nodes, which the tests' servers run with, forbids the page other addresses than its own;
+        ``online`` lifts that.
+        """
+        viewport = {"width": size[0], "height": size[1]}
+        self.page: Page = browser.new_page(viewport=viewport, bypass_csp=online)
         self.errors: list[str] = []
         self.page.set_default_timeout(PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

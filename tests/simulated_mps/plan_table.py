@@ -1,9 +1,10 @@
 """Makes tests/data/plan_table.json: what sampling stages take on the simulated device, for the planner to be held to.
 
-    python tests/simulated_mps/plan_table.py [--torch 2.13]
+    python tests/simulated_mps/plan_table.py [--torch 2.13] [--held-out]
 
 Each torch version has a process of its own; a combination takes a few seconds (inside/plan_measure.py). With --torch
-only that version is measured anew and the other rows stay.
+only that version is measured anew and the other rows stay. --held-out makes tests/data/plan_held_out.json instead: the
+planner's constants are fitted to the first table, and never to the second.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 TABLE = TESTS / "data" / "plan_table.json"
+HELD_OUT_TABLE = TESTS / "data" / "plan_held_out.json"
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,46 @@ ROWS: dict[str, tuple[tuple[str, str, int, int, int, str, int], ...]] = {
 """By torch version; HD without prefill kernels is left out, where one block alone is 64,000 operations."""
 
 
-def combinations(torch_version: str) -> Iterator[Combination]:
-    return (Combination(torch_version, *row) for row in ROWS[torch_version])
+HELD_OUT: dict[str, tuple[tuple[str, str, int, int, int, str, int], ...]] = {
+    "2.8": (
+        (T14, "Q5_0", 640, 384, 21, "apart", 0),
+        (I22, "Q4_1", 624, 624, 65, "none", 32),
+    ),
+    "2.10": (
+        (T13, "IQ4_XS", 1024, 576, 65, "apart", 0),
+        (T22, "Q6_K", 640, 384, 97, "none", 64),
+        (FIVE, "Q5_0", 1024, 576, 97, "batched", 0),
+        (T13, "IQ4_NL", 544, 544, 109, "batched", 0),
+    ),
+    "2.13": (
+        (T14, "Q4_1", 624, 624, 97, "batched", 0),
+        (I14, "IQ4_XS", 1024, 576, 21, "apart", 32),
+        (T13, "Q6_K", 640, 384, 65, "none", 128),
+        (VACE, "Q5_0", 624, 624, 21, "batched", 0),
+        (I22, "Q2_K", 640, 384, 97, "apart", 64),
+        (FIVE, "Q4_1", 640, 384, 65, "apart", 32),
+        (T13, "Q5_1", 704, 400, 37, "none", 64),
+        (T14, "IQ4_NL", 704, 400, 37, "apart", 16),
+        (T13, "Q4_1", 768, 432, 53, "apart", 16),
+    ),
+    "2.15": (
+        (T22, "IQ4_XS", 1024, 576, 65, "apart", 0),
+        (I22, "Q5_0", 624, 624, 21, "batched", 0),
+        (T13, "Q4_1", 1024, 576, 97, "none", 0),
+        (FIVE, "Q6_K", 1024, 576, 21, "none", 0),
+    ),
+}
+"""Sizes, lengths, LoRA ranks and quantisations that ROWS does not have."""
+
+SETS = {False: (ROWS, TABLE), True: (HELD_OUT, HELD_OUT_TABLE)}
+"""Held out or not -> the rows and their file."""
 
 
-def _measure_here(torch_version: str) -> None:
+def combinations(torch_version: str, held_out: bool = False) -> Iterator[Combination]:
+    return (Combination(torch_version, *row) for row in SETS[held_out][0][torch_version])
+
+
+def _measure_here(torch_version: str, held_out: bool) -> None:
     """In a process of its own: prints one JSON object per row."""
     sys.path[:0] = [str(TESTS), str(TESTS.parent / "scripts"), str(Path(__file__).with_name("inside"))]
     os.environ["SIMULATED_TORCH"] = torch_version
@@ -102,12 +139,12 @@ def _measure_here(torch_version: str) -> None:
     import plan_measure
 
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        for row in combinations(torch_version):
+        for row in combinations(torch_version, held_out):
             print(json.dumps(asdict(row) | plan_measure.measure(row, Path(folder))), flush=True)
 
 
-def _measured(torch_version: str) -> list[dict[str, object]]:
-    command = [sys.executable, __file__, "--torch", torch_version, "--here"]
+def _measured(torch_version: str, held_out: bool) -> list[dict[str, object]]:
+    command = [sys.executable, __file__, "--torch", torch_version, "--here", *["--held-out"] * held_out]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -115,18 +152,20 @@ def _measured(torch_version: str) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", choices=sorted(ROWS), help="measure this version only")
+    parser.add_argument("--held-out", action="store_true", help="the combinations that nothing is fitted to")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        return _measure_here(options.torch)
-    wanted = [options.torch] if options.torch else list(ROWS)
-    old = json.loads(TABLE.read_text()) if TABLE.exists() else []
-    rows = [row for row in old if row["torch"] in ROWS and row["torch"] not in wanted]
+        return _measure_here(options.torch, options.held_out)
+    known, table = SETS[options.held_out]
+    wanted = [options.torch] if options.torch else list(known)
+    old = json.loads(table.read_text()) if table.exists() else []
+    rows = [row for row in old if row["torch"] in known and row["torch"] not in wanted]
     for version in wanted:
-        rows += _measured(version)
-    rows.sort(key=lambda row: list(ROWS).index(row["torch"]))
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(f"{len(rows)} combinations in {TABLE}")
+        rows += _measured(version, options.held_out)
+    rows.sort(key=lambda row: list(known).index(row["torch"]))
+    table.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print(f"{len(rows)} combinations in {table}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_time_left():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (89, "89 s"), (95, "2 min"), (3600, "1 h 0 min")],
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (89, "89 s"), (90, "2 min"), (3600, "1 h 0 min")],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text

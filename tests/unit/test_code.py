@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPED = ("__init__.py", "prestartup_script.py", "nodes", "quantization", "memory", "video", "mps_patches", "scripts")
+TYPED = ("__init__.py", "prestartup_script.py", "nodes", "quantization", "memory", "video", "mps_patches")
+COMMANDS = ("scripts", "benchmarks")  # whose files import each other by their own names
 
 
 def run(command, **options):
@@ -29,8 +30,8 @@ def test_mypy():
     parent.mkdir(parents=True, exist_ok=True)
     package.unlink(missing_ok=True)
     package.symlink_to(ROOT, target_is_directory=True)
-    files = [path for name in TYPED for path in sources(package / name)]
-    search_path = os.pathsep.join(map(str, (package / "scripts", parent)))
+    files = [path for name in (*TYPED, *COMMANDS) for path in sources(package / name)]
+    search_path = os.pathsep.join(map(str, (*(package / name for name in COMMANDS), parent)))
     command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", parent / "cache"]
     run([*command, *files], cwd=parent, env=os.environ | {"MYPYPATH": search_path})
 

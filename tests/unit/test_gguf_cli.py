@@ -11,15 +11,12 @@ import pytest
 import torch
 from apple_silicon_video.quantization.formats import FORMATS, random_blocks
 from apple_silicon_video.quantization.gguf_writer import GGUFWriter
+from apple_silicon_video.tests.unit.commands import inside as inside
+from apple_silicon_video.tests.unit.commands import run as run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gguf.py"
 PATCH = torch.linspace(-70_000, 70_000, 256).reshape(16, 4, 1, 2, 2)
 BLOCKS = random_blocks(FORMATS["Q5_K"], 12, seed=3)
-
-
-def run(*arguments) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def model(tmp_path_factory) -> Path:
     return writer.write()
 
 
-def test_inspect_prints_tables(model):
+def test_inspect_prints_tables(model, run):
     result = run("inspect", model)
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.split() for line in result.stdout.splitlines()]
@@ -56,10 +53,10 @@ def test_inspect_prints_tables(model):
     assert max(map(len, result.stdout.splitlines())) < 180
 
 
-def test_inspect_json(model):
-    result = run("inspect", model, "--json")
-    assert (result.returncode, result.stderr) == (0, "")
-    report = json.loads(result.stdout, parse_constant=pytest.fail)
+def test_inspect_json(model, inside):
+    status, out, err = inside("inspect", model, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out, parse_constant=pytest.fail)
     assert (report["version"], report["alignment"], report["architecture"]) == (3, 32, "wan")
     assert (report["file"], report["bytes"]) == (str(model), model.stat().st_size)
     assert report["metadata"]["tokens"] == {"kind": "STRING[]", "length": 1000}
@@ -94,11 +91,11 @@ def test_inspect_json(model):
         ("half", "float32"),
     ],
 )
-def test_dequantize(model, tmp_path, tensor, dtype):
+def test_dequantize(model, tmp_path, inside, tensor, dtype):
     out = tmp_path / "out.npy"
     out.write_bytes(b"old")
-    result = run("dequantize", model, tensor, out, *(["--dtype", dtype] if dtype else []))
-    assert (result.returncode, result.stderr) == (0, "")
+    status, _, err = inside("dequantize", model, tensor, out, *(["--dtype", dtype] if dtype else []))
+    assert (status, err) == (0, "")
     decoded = gguf.dequantize(BLOCKS.numpy(), gguf.GGMLQuantizationType.Q5_K)
     expected = {
         "blocks.0.weight": decoded.reshape(6, 512),
@@ -113,7 +110,7 @@ def test_dequantize(model, tmp_path, tensor, dtype):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_failures_are_one_sentence(model, tmp_path):
+def test_failures_are_one_sentence(model, tmp_path, inside):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"<html><body>Not found</body></html>")
     folder = tmp_path / "folder.npy"
@@ -125,18 +122,23 @@ def test_failures_are_one_sentence(model, tmp_path):
         (("dequantize", model, "half", tmp_path / "no" / "a.npy"), "a.npy cannot be written (No such file or"),
         (("dequantize", model, "half", folder), "folder.npy cannot be written (Is a directory); "),
     ):
-        result = run(*arguments)
-        assert (result.returncode, result.stdout) == (1, "")
-        assert sentence in result.stderr and result.stderr.count("\n") == 1
+        status, out, err = inside(*arguments)
+        assert (status, out) == (1, "")
+        assert sentence in err and err.count("\n") == 1
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad.gguf", "folder.npy"]
     assert list(folder.iterdir()) == []
 
 
-def test_wrong_usage(model):
+def test_wrong_usage(model, inside):
     for arguments in ((), ("dequantize", model, "half", "out.npy", "--dtype", "int4")):
-        result = run(*arguments)
-        assert result.returncode == 2
-        assert result.stderr.startswith("usage: gguf.py")
+        status, _, err = inside(*arguments)
+        assert status == 2 and err.startswith("usage: gguf.py")
+
+
+def test_status_and_message_of_the_process(tmp_path, run):
+    result = run("dequantize", tmp_path / "gone.gguf", "half", tmp_path / "a.npy")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "gone.gguf does not exist" in result.stderr
 
 
 def test_a_closed_pipe_is_no_error(model):

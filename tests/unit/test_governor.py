@@ -43,13 +43,16 @@ def test_trims_first_and_shrinks_only_what_live_tensors_hold(setting, trim, shri
     assert machine.trims == 1 and machine.budget.temporary_bytes == 256 << 20
     machine.look(driver=gib(trim + 0.01), live=gib(trim))  # nothing to gain
     assert machine.trims == 1
+    machine.look(driver=gib(shrink + 0.4), live=gib(5))  # what trimming gives back suffices
+    assert machine.trims == 2 and machine.budget.temporary_bytes == 256 << 20
     machine.look(driver=gib(shrink + 0.4), live=gib(shrink + 0.01))
-    assert machine.trims == 2 and machine.budget.temporary_bytes == 128 << 20
+    assert machine.trims == 3 and machine.budget.temporary_bytes == 128 << 20
     machine.governor.restore()
     assert machine.budget.temporary_bytes == 256 << 20
 
 
-def test_strict_stops_at_the_working_set_when_nothing_is_left_to_shrink():
+def test_strict_stops_at_the_working_set_when_nothing_is_left_to_shrink(caplog):
+    caplog.set_level("INFO")
     machine = Machine("strict")
     sizes = []
     with pytest.raises(MemoryStop) as stop:
@@ -57,9 +60,22 @@ def test_strict_stops_at_the_working_set_when_nothing_is_left_to_shrink():
             machine.look(driver=gib(10.2), live=gib(10.2), swap=gib(2.4))
             sizes.append(machine.budget.temporary_bytes >> 20)
     assert sizes == [128, 64, 32] and machine.budget.temporary_bytes == LEAST_TEMPORARY
+    assert [record.getMessage().split(", ")[1] for record in caplog.records] == [
+        f"chunks are now {size} MiB." for size in sizes
+    ]
     text = str(stop.value)
     assert text.startswith("Sampling was stopped because 10.2 GiB of the 10.0 GiB that this Mac's GPU should hold")
     assert "swap has grown by 0.4 GiB" in text and "queue it again to go on" in text
+
+
+def test_the_working_set_itself_is_too_much_and_no_chunk_gets_too_small():
+    machine = Machine("strict", budget=None)
+    machine.look(driver=gib(9.99), live=gib(9.99))
+    with pytest.raises(MemoryStop):
+        machine.look(driver=gib(10), live=gib(10))
+    machine = Machine("strict", budget=LEAST_TEMPORARY * 3 // 2)
+    machine.look(driver=gib(10), live=gib(10))
+    assert machine.budget.temporary_bytes == LEAST_TEMPORARY
 
 
 def test_careful_tolerates_a_full_working_set():
@@ -77,11 +93,14 @@ def test_swap_that_grows_during_the_run_stops_it(setting, tolerated, stopped):
         machine.look(swap=gib(stopped))
 
 
-def test_looks_are_a_second_apart():
+def test_the_first_look_is_at_once_and_the_next_a_second_later():
     machine = Machine("strict")
+    machine.figures = replace(CALM, driver=gib(8.6), live=gib(8.6))
+    for _ in range(2):
+        machine.governor.look()
+        assert machine.budget.temporary_bytes == 128 << 20
     machine.look(driver=gib(8.6), live=gib(8.6))
-    machine.governor.look()
-    assert machine.budget.temporary_bytes == 128 << 20
+    assert machine.budget.temporary_bytes == 64 << 20
 
 
 def test_nothing_happens_without_figures():

@@ -2,20 +2,15 @@
 
 import logging
 import re
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-import metal_on_cpu
 from apple_silicon_video.quantization import metal_kernels
 from apple_silicon_video.quantization.block_format import CodeField
 from apple_silicon_video.quantization.formats import FORMATS, BlockFormat, random_blocks
 from apple_silicon_video.quantization.metal_kernels import METAL_FORMATS, OUTPUT_TYPES, source
+from apple_silicon_video.tests.unit.metal_library import library
+from apple_silicon_video.tests.unit.metal_library import metal as metal
 
 SPECIAL_SCALES = (2.0**-24, 1023 * 2.0**-24, 2.0**-14, 1.0, 65504.0, 0.0, 0.0123, float("inf"), float("nan"))
 
@@ -27,17 +22,6 @@ SHARED_BYTES = {
 
 all_formats = pytest.mark.parametrize("name", METAL_FORMATS)
 all_dtypes = pytest.mark.parametrize("dtype", OUTPUT_TYPES, ids=str)
-library = cache(metal_on_cpu.compile_shader)
-
-
-@pytest.fixture(autouse=True)
-def metal(monkeypatch):
-    """Metal on the CPU in the place of torch's, and no verdicts from other tests."""
-    monkeypatch.setattr(torch.mps, "compile_shader", library, raising=False)
-    monkeypatch.delenv(metal_kernels.SWITCH, raising=False)
-    metal_kernels.forget()
-    yield
-    metal_kernels.forget()
 
 
 def blocks_per_launch(name: str) -> int:

@@ -1,41 +1,23 @@
 """The fused decode-and-multiply kernels, run on the CPU, against float64 and decoding first; and their limits."""
 
 import logging
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-import metal_on_cpu
 from apple_silicon_video.quantization import metal_kernels, metal_matmul
 from apple_silicon_video.quantization.formats import FORMATS, random_blocks
 from apple_silicon_video.quantization.metal_kernels import METAL_FORMATS, OUTPUT_TYPES, SCALED_FILES
 from apple_silicon_video.quantization.metal_matmul import bytes_moved, within_rounding
 from apple_silicon_video.quantization.scaled_formats import SCALED_FORMATS, Scales
 from apple_silicon_video.quantization.tensor import PLAIN_FORMATS, QuantizedWeight
+from apple_silicon_video.tests.unit.metal_library import library
+from apple_silicon_video.tests.unit.metal_library import metal as metal
 
 ROWS = (1, 3, 8, 31, 33, 64)
 FEATURES = 45
 TYPES = (*METAL_FORMATS, *SCALED_FILES)
 # For each type of input all ways that tiles are filled: super-blocks, small blocks, bytes.
 OTHER_INPUTS = {torch.float32: ("Q5_K", "Q8_0", "F8_E4M3"), torch.bfloat16: ("Q4_K", "MXFP4", "I8")}
-
-library = cache(metal_on_cpu.compile_shader)
-
-
-@pytest.fixture(autouse=True)
-def metal(monkeypatch):
-    """Metal on the CPU in the place of torch's, and no verdicts from other tests."""
-    monkeypatch.setattr(torch.mps, "compile_shader", library, raising=False)
-    monkeypatch.delenv(metal_kernels.SWITCH, raising=False)
-    monkeypatch.delenv(metal_matmul.ROWS_SWITCH, raising=False)
-    metal_kernels.forget()
-    yield
-    metal_kernels.forget()
 
 
 def columns_of(name):

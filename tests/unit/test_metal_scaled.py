@@ -1,16 +1,9 @@
 """The Metal kernels of fp8, int8 and MXFP8, run on the CPU, against scaled_formats.py, bit for bit."""
 
 import logging
-import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-import metal_on_cpu
 from apple_silicon_video.quantization import metal_kernels, metal_scaled
 from apple_silicon_video.quantization.metal_kernels import OUTPUT_TYPES, SCALED_FILES
 from apple_silicon_video.quantization.scaled_formats import (
@@ -19,6 +12,8 @@ from apple_silicon_video.quantization.scaled_formats import (
     dequantize_scaled,
     dequantize_scaled_rows,
 )
+from apple_silicon_video.tests.unit.metal_library import library
+from apple_silicon_video.tests.unit.metal_library import metal as metal
 
 ROWS, COLUMNS = 37, 260
 LAYOUTS = {
@@ -31,17 +26,6 @@ LAYOUTS = {
 
 all_formats = pytest.mark.parametrize("name", SCALED_FILES)
 all_dtypes = pytest.mark.parametrize("dtype", OUTPUT_TYPES, ids=str)
-library = cache(metal_on_cpu.compile_shader)
-
-
-@pytest.fixture(autouse=True)
-def metal(monkeypatch):
-    """Metal on the CPU in the place of torch's, and no verdicts from other tests."""
-    monkeypatch.setattr(torch.mps, "compile_shader", library, raising=False)
-    monkeypatch.delenv(metal_kernels.SWITCH, raising=False)
-    metal_kernels.forget()
-    yield
-    metal_kernels.forget()
 
 
 def every_byte(offset: int = 0) -> torch.Tensor:

@@ -11,13 +11,15 @@ import pytest
 from apple_silicon_video.memory import plan as planner
 from apple_silicon_video.memory import plan_search, plan_stages, plan_views
 from apple_silicon_video.memory.plan import GIB, MACS, Compute, Machine, PlanError, Video, plan, read_table
-from apple_silicon_video.memory.plan_models import Entry, Quantities, WeightTable, rounded, wan_model
+from apple_silicon_video.memory.plan_models import Entry, Quantities, WeightTable, lora_sizes, rounded, wan_model
 from published_tables import lora_table, published_table, wan_table
 from small_models import write_full_size_scaled
-from workflow_plans import model_files
+from workflow_plans import model_files, planned
 from workflow_table import SPEED_LORAS, TABLE, VAE_21, VAE_22
 
-ROWS = json.loads((Path(__file__).parents[1] / "data" / "plan_table.json").read_text())
+DATA = Path(__file__).parents[1] / "data"
+ROWS = json.loads((DATA / "plan_table.json").read_text())
+HELD_OUT = json.loads((DATA / "plan_held_out.json").read_text())
 MOST_ERROR = 0.05
 SMALL = {"width": 832, "height": 480, "frames": 81}
 A14B = "Wan2.2-T2V-A14B-HighNoise-Q3_K_M.gguf"
@@ -36,16 +38,16 @@ def predicted(row):
     """(weights, activations) as the planner has them."""
     table = table_of(row["variant"], row["recipe"])
     loras = [lora_table("lora", row["variant"], row["lora_rank"])] if row["lora_rank"] else []
-    # The table's LoRAs are in bfloat16.
-    weights = sum(table.device_sizes) + sum(lora.nbytes // 2 for lora in loras)
+    # The table's LoRAs are in bfloat16; those in float32 take as much.
+    weights = sum(table.device_sizes) + sum(size for lora in loras for size in lora_sizes(lora, table))
     video, compute = Video(row["width"], row["height"], row["frames"]), Compute(torch_version=row["torch"])
     return weights, plan_stages.sampling(wan_model(table), video, row["cfg"], compute, bool(loras)).total
 
 
-def errors(part):
-    """Relative errors over the table: of the whole peak, or of the activations alone."""
+def errors(part, rows=ROWS):
+    """Relative errors over a table: of the whole peak, or of the activations alone."""
     found = []
-    for row in ROWS:
+    for row in rows:
         weights, needed = predicted(row)
         counted = row["peak"] if part == "peak" else row["peak"] - row["weights"]
         found.append((weights + needed if part == "peak" else needed) / counted - 1)
@@ -75,8 +77,29 @@ def test_activations_alone_are_within_5_percent():
     assert statistics.mean(map(abs, found)) < 0.015
 
 
+def test_the_held_out_table_is_another():
+    """No size, length or LoRA of it is in the table that the constants were fitted to, and few quantisations."""
+    assert len(HELD_OUT) >= 12 and {row["torch"] for row in HELD_OUT} == {"2.8", "2.10", "2.13", "2.15"}
+    for fields in (("width", "height"), ("frames",)):
+        fitted, held_out = ({tuple(row[name] for name in fields) for row in rows} for rows in (ROWS, HELD_OUT))
+        assert len(held_out) >= 3 and not fitted & held_out
+    assert len({row["recipe"] for row in HELD_OUT} - {row["recipe"] for row in ROWS}) >= 3
+
+
+@pytest.mark.parametrize(("part", "most"), [("peak", MOST_ERROR), ("activations", 0.1)])
+def test_what_nothing_was_fitted_to_is_within_5_percent(part, most):
+    """Never fit to it: it says what the planner is worth for settings that nobody measured.
+
+    Activations alone are 9 % off where they are a few hundred MiB, which is 2 % of the peak.
+    """
+    found = errors(part, HELD_OUT)
+    print(f"held out, {part}: largest error {max(map(abs, found)):.4f}, mean {statistics.mean(map(abs, found)):.4f}")
+    assert max(map(abs, found)) < most
+    assert statistics.mean(map(abs, found)) < 0.015
+
+
 def test_weights_are_exact():
-    for row in ROWS:
+    for row in ROWS + HELD_OUT:
         weights, _ = predicted(row)
         assert abs(weights - row["weights"]) < 1 << 15, row
 
@@ -115,6 +138,52 @@ def test_the_16_gb_workflow_peaks_under_9_5_gib():
     )
     assert [stage.name for stage in made.stages] == ["text encoding", "sampling", "decoding", "saving"]
     assert 8 * GIB < made.peak.device < 9.5 * GIB and made.peak.name == "sampling"
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.memory == 16])
+def test_every_16_gb_workflow_peaks_under_9_5_gib(name):
+    """With its LoRAs, as it is shipped."""
+    assert planned(TABLE[name]).peak.device < 9.5 * GIB
+
+
+MATRIX = "blocks.0.self_attn.q"
+LORAS = [
+    ("F32", f"diffusion_model.{MATRIX}.lora_up.weight", (), 32),
+    ("F32", f"{MATRIX}.lora_down.weight", (), 32),
+    ("F32", "lora_unet_blocks_0_self_attn_q.lora_up.weight", (), 32),
+    ("F32", "lora_unet__blocks_0_self_attn_q.lora_down.weight", (), 32),
+    ("F32", "lycoris_blocks_0_self_attn_q.lokr_w2_b", (), 32),
+    ("F32", f"diffusion_model.{MATRIX}.lora_A.default.weight", (), 32),
+    ("F32", f"diffusion_model.{MATRIX}.hada_t1", (), 32),
+    ("F32", f"diffusion_model.{MATRIX}.diff", (), 32),
+    ("BF16", f"diffusion_model.{MATRIX}.lora_up.weight", (), 64),
+    ("F16", f"diffusion_model.{MATRIX}.lora_up.weight", (), 64),
+    ("F32", f"diffusion_model.{MATRIX}.lora_up.weight", ("dora_scale",), 64),
+    ("F32", f"diffusion_model.{MATRIX}.lora_up.weight", ("reshape_weight",), 64),
+    ("F32", f"diffusion_model.{MATRIX}.a1.weight", (), 64),
+    ("F32", f"diffusion_model.{MATRIX}.oft_blocks", (), 64),
+    ("F32", f"diffusion_model.{MATRIX}.diff_b", (), 64),
+    ("F32", f"diffusion_model.{MATRIX}.set_weight", (), 64),
+    ("F32", "diffusion_model.patch_embedding.lora_up.weight", (), 64),
+    ("F32", "diffusion_model.head.head.lora_up.weight", (), 64),
+    ("F32", "diffusion_model.elsewhere.lora_up.weight", (), 64),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "others", "expected"), LORAS)
+def test_bytes_of_a_lora_on_the_device(kind, name, others, expected):
+    """Half where comfy_patcher.py keeps float16: float32 factors of quantised matrices, DoRAs and others not."""
+    stem = name.rsplit(".lora", 1)[0]
+    entries = {name: Entry(kind, (4, 4), 64), f"{stem}.alpha": Entry("F32", (), 4)}
+    entries |= {f"{stem}.{part}": Entry("F32", (4,), 16) for part in others}
+    sizes = lora_sizes(WeightTable("lora", entries), published_table(A14B))
+    assert sizes == [expected, *(16 for part in others if part == "dora_scale")]
+
+
+def test_a_lora_of_unquantised_matrices_is_as_in_the_file():
+    lora = published_table(f"{SPEED_LORAS['t2v']}_high_noise.safetensors")
+    quantised, plain = published_table(A14B), published_table(A14B.replace("Q3_K_M", "F16"))
+    assert sum(lora_sizes(lora, quantised)) * 2 == sum(lora_sizes(lora, plain)) == lora.nbytes
 
 
 def test_verdicts_go_with_the_macs_memory():
@@ -161,7 +230,7 @@ def test_more_costs_more():
     base = peak()
     assert peak(frames=121) > base and peak(width=1280, height=720) > base
     assert peak(batched=True) > base and peak(guidance=False) <= base
-    assert peak(loras=[published_table(f"{SPEED_LORAS['t2v']}_high_noise.safetensors")]) > base + GIB
+    assert peak(loras=[published_table(f"{SPEED_LORAS['t2v']}_high_noise.safetensors")]) > base + GIB // 2
     assert peak(compute=Compute(torch_version="2.10")) > base
 
 

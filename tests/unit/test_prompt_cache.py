@@ -3,8 +3,10 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+from apple_silicon_video.memory.checkpoints import digest
 from apple_silicon_video.memory.prompt_cache import PromptCache, file_fingerprint
 from apple_silicon_video.memory.tensor_files import TensorFileError, load_value, read_note, save_value
 
@@ -31,7 +33,7 @@ def same(ours, reference):
 
 
 def test_value_and_note_come_back(tmp_path):
-    path = tmp_path / "folder" / "value.safetensors"
+    path = tmp_path / "a" / "folder" / "value.safetensors"
     save_value(path, VALUE, {"step": 3})
     same(load_value(path), VALUE)
     assert read_note(path) == {"step": 3}
@@ -44,7 +46,7 @@ def test_views_that_share_memory_come_back(tmp_path):
     same(load_value(tmp_path / "x"), [base.T, base[1:], base])
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, [{"a": b"bytes"}], torch.dtype])
+@pytest.mark.parametrize("value", [object(), {1: 2}, [{"a": b"bytes"}], torch.dtype, [np.float64(1)]])
 def test_other_values_are_refused_and_leave_nothing(tmp_path, value):
     with pytest.raises(TensorFileError, match=r"cannot be stored in a file of tensors\.$"):
         save_value(tmp_path / "x", value)
@@ -62,6 +64,15 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_value(path, [2])
     assert load_value(path) == [1] and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    save_value(path, [2])
+    assert load_value(path) == [2] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_safetensors_cannot_write_is_an_error_of_the_system(tmp_path):
+    (tmp_path / f".x.{os.getpid()}.partial").mkdir()
+    with pytest.raises(OSError, match=r"^x cannot be written \(.*\)\.$"):
+        save_value(tmp_path / "x", [torch.zeros(1)])
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, 0.5, -1])
@@ -74,7 +85,10 @@ def test_damaged_files_are_refused(tmp_path, keep):
         load_value(path)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"structure": "[]"}, {"structure": '["other", 1]'}, {"structure": "{"}])
+OTHER = [{}, *({"structure": text} for text in ("[]", '["other", 1]', "{", "3", '["tensor", "7"]'))]
+
+
+@pytest.mark.parametrize("metadata", OTHER, ids=str)
 def test_other_safetensors_files_are_refused(tmp_path, metadata):
     from safetensors.torch import save_file
 
@@ -82,6 +96,8 @@ def test_other_safetensors_files_are_refused(tmp_path, metadata):
     save_file({"0": torch.zeros(1)}, str(path), metadata)
     with pytest.raises(TensorFileError, match="not a file of stored tensors"):
         load_value(path)
+    with pytest.raises(TensorFileError, match="not a file of stored tensors"):
+        read_note(path)
 
 
 def test_cache_returns_what_was_put(tmp_path):
@@ -120,11 +136,21 @@ def test_least_recently_used_entries_go(tmp_path):
     cache.get(paths[0])
     cache.limit = 3 * paths[0].stat().st_size
     newest = cache.path(text="new")
+    (tmp_path / ".killed.safetensors.123.partial").touch()
     cache.put(newest, torch.zeros(1000))
     assert set(tmp_path.iterdir()) == {newest, paths[0], paths[3]}
     cache.limit = 1
     cache.put(newest, torch.zeros(1000))
     assert list(tmp_path.iterdir()) == [newest]
+
+
+def test_digest_tells_values_apart():
+    """Of the same bytes and numbers: shapes, types, keys, nesting and order count."""
+    tensors = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(3, 2).T]
+    values = [*tensors[:3], {"a": 1}, {"b": 1}, [["a", 1]], [[1], 2], [[1, 2]], [1, [2]], (1, 2), "1", 1, 1.0, True]
+    found = [digest([value]) for value in values]
+    assert len(set(found)) == len(values) and digest([tensors[3]]) == found[0]
+    assert digest([1, 2]) != digest([2, 1])
 
 
 def test_fingerprint_tells_files_apart(tmp_path):

@@ -21,6 +21,7 @@ from apple_silicon_video.quantization.quantizer import QuantizeError
 from apple_silicon_video.quantization.quantizer_files import quantize_file
 from apple_silicon_video.quantization.recipes import FILE_TYPES, RECIPES, wan_types
 from apple_silicon_video.quantization.tokenizer import sentencepiece_model
+from apple_silicon_video.tests.unit.gguf_py import read_by_gguf_py
 from safetensors.torch import load_file, save_file
 from small_models import (
     ENCODERS,
@@ -89,7 +90,7 @@ def decoded(path):
                 tuple(reversed(tensor.shape.tolist()))
             )
         )
-        for tensor in gguf.GGUFReader(path).tensors
+        for tensor in read_by_gguf_py(path).tensors
     }
 
 
@@ -128,7 +129,7 @@ def test_every_type_of_file(recipe, wan, dense, tmp_path):
     reported = {tensor.name: tensor for tensor in report.tensors}
     for name in ("blocks.0.ffn.0.weight", Q + ".weight"):
         assert reported[name].error == pytest.approx(difference(found[name], dense[name]), rel=1e-3, abs=1e-9)
-    fields = gguf.GGUFReader(report.path).fields
+    fields = read_by_gguf_py(report.path).fields
     assert fields["general.architecture"].contents() == "wan"
     assert fields["general.file_type"].contents() == FILE_TYPES[recipe]
     assert fields["general.quantization_version"].contents() == 2

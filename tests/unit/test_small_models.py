@@ -16,6 +16,7 @@ import torch
 from apple_silicon_video.quantization.formats import FORMATS
 from apple_silicon_video.quantization.gguf import GGUFFile
 from apple_silicon_video.quantization.tokenizer import sentencepiece_model
+from apple_silicon_video.tests.unit.gguf_py import read_by_gguf_py
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from small_models import (
@@ -61,10 +62,6 @@ TEXTS = (
 )
 
 
-def run_script(*arguments):
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-
-
 def file_bytes(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -80,13 +77,16 @@ def decoded_by_gguf_py(tensor):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    result = run_script("--output", str(folder), "--set", "demo")
+    command = [sys.executable, str(SCRIPT), "--output", str(folder), "--set", "demo"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def test_two_runs_give_identical_bytes(demo, tmp_path):
-    assert run_script("--output", str(tmp_path), "--set", "demo", "--quiet").stdout == ""
+def test_two_runs_give_identical_bytes(demo, tmp_path, capsys):
+    """The first one was a process of its own."""
+    assert make_small_models.main(["--output", str(tmp_path), "--set", "demo", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
     first, second = file_bytes(demo), file_bytes(tmp_path)
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
@@ -174,11 +174,11 @@ def test_sources_hash_covers_what_decides_the_bytes(tmp_path, monkeypatch):
     assert sets.sources_hash() == hashes[-1]
 
 
-def test_output_that_cannot_be_a_folder_is_refused_in_one_sentence(tmp_path):
+def test_output_that_cannot_be_a_folder_is_refused_in_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    result = run_script("--output", str(tmp_path / "file" / "models"))
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1 and "file/models" in result.stderr
+    assert make_small_models.main(["--output", str(tmp_path / "file" / "models")]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "file/models" in message
 
 
 def test_roles_and_names_are_unique():
@@ -193,7 +193,7 @@ def test_roles_and_names_are_unique():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_wan_file_holds_the_variants_tensors(tmp_path, variant):
     weights = wan_weights(variant, "Q5_K_M")
-    reader = gguf.GGUFReader(write_wan_gguf(tmp_path / "wan.gguf", weights, "Q5_K_M"))
+    reader = read_by_gguf_py(write_wan_gguf(tmp_path / "wan.gguf", weights, "Q5_K_M"))
     assert reader.get_field("general.architecture").contents() == "wan"
     assert reader.get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q5_K_M
     shapes = {tensor.name: tuple(int(dim) for dim in reversed(tensor.shape)) for tensor in reader.tensors}
@@ -210,7 +210,7 @@ def test_variants_differ_in_their_weights():
 @pytest.mark.parametrize("recipe", ["Q3_K_M", "Q5_K_M"])
 def test_reference_equals_what_gguf_py_decodes(tmp_path, recipe):
     weights = wan_weights(T2V, recipe)
-    reader = gguf.GGUFReader(write_wan_gguf(tmp_path / "wan.gguf", weights, recipe))
+    reader = read_by_gguf_py(write_wan_gguf(tmp_path / "wan.gguf", weights, recipe))
     reference = load_file(write_wan_reference(tmp_path / "wan.safetensors", weights))
     assert reference.keys() == {tensor.name for tensor in reader.tensors}
     for tensor in reader.tensors:
@@ -273,7 +273,7 @@ def test_layouts(tmp_path, layout):
     weights = wan_weights(T2V, "Q8_0", chosen.tool)
     path = write_wan_gguf(tmp_path / "wan.gguf", weights, "Q8_0", chosen)
     assert path.read_bytes()[4] == (2 if layout == "plain-v2" else 3)
-    reader = gguf.GGUFReader(path)
+    reader = read_by_gguf_py(path)
     assert (reader.get_field("general.architecture") is None) == layout.startswith("sd-cpp")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     prefix = "model.diffusion_model." if layout.startswith("sd-cpp") else ""
@@ -300,7 +300,7 @@ def test_override_of_a_five_dimensional_weight(tmp_path):
     path = write_wan_gguf(tmp_path / "wan.gguf", weights, "Q5_K", LAYOUTS["orig-shape"])
     info = GGUFFile(path).tensors["patch_embedding.weight"]
     assert (info.type_name, info.original_shape) == ("Q8_0", (256, 16, 1, 2, 2))
-    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "patch_embedding.weight")
+    stored = next(tensor for tensor in read_by_gguf_py(path).tensors if tensor.name == "patch_embedding.weight")
     assert torch.equal(weights[0].decoded(), decoded_by_gguf_py(stored).reshape(256, 16, 1, 2, 2))
 
 
@@ -326,7 +326,7 @@ def test_encoder_file_against_gguf_py_and_reference(tmp_path, name):
     shape = ENCODERS[name]
     weights = encoder_weights(shape, "Q5_K_M")
     path = write_encoder_gguf(tmp_path / "encoder.gguf", shape, weights, "Q5_K_M")
-    reader = gguf.GGUFReader(path)
+    reader = read_by_gguf_py(path)
     expected = {
         "general.architecture": "t5encoder",
         "general.file_type": gguf.LlamaFileType.MOSTLY_Q5_K_M,

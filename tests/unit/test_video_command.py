@@ -1,6 +1,5 @@
 """scripts/video.py as people run it: what it prints, the files it makes, exit status and messages."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from apple_silicon_video.tests.unit.commands import inside as inside
+from apple_silicon_video.tests.unit.commands import run as run
 from apple_silicon_video.tests.video_fixtures import read_number
 from apple_silicon_video.tests.video_fixtures import video_files as video_files
 from apple_silicon_video.tests.video_fixtures.numbered_picture import picture
@@ -19,30 +20,6 @@ from apple_silicon_video.video.reader import FrameSelection, open_video
 from PIL import Image
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "video.py"
-
-
-def run(*arguments, **options) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, **options)
-
-
-@pytest.fixture
-def inside(capsys, monkeypatch):
-    """The command in this process, which saves the time of starting another one: (status, output, messages)."""
-    spec = importlib.util.spec_from_file_location("video_command", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(module.torch, "set_num_threads", lambda _: None)
-
-    def run_inside(*arguments):
-        try:
-            status = module.main([*map(str, arguments)])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run_inside
 
 
 def draw(folder, numbers, name="{}.png"):
@@ -58,7 +35,7 @@ def numbers_in(path):
         return [read_number(frame) for frame in reader.frames(FrameSelection())]
 
 
-def test_info_tells_what_a_video_holds(video_files):
+def test_info_tells_what_a_video_holds(video_files, run):
     result = run("info", video_files("größe 视频 ви́део 🎬.mp4"))
     assert (result.returncode, result.stderr) == (0, "")
     path, length, codec, colour, sound, *tags = result.stdout.splitlines()
@@ -67,42 +44,43 @@ def test_info_tells_what_a_video_holds(video_files):
     assert "major_brand: isom" in tags
 
 
-def test_info_as_json(video_files):
-    result = run("info", video_files("clockwise.mp4"), "--json")
-    report = json.loads(result.stdout)
+def test_info_as_json(video_files, inside):
+    _, out, _ = inside("info", video_files("clockwise.mp4"), "--json")
+    report = json.loads(out)
     assert (report["width"], report["height"], report["rotation"], report["frames"]) == (64, 96, 90, 24)
     assert (report["fps"], report["duration"], report["audio"]) == ("24", "1", None)
-    audio = json.loads(run("info", video_files("surround.mp4"), "--json").stdout)["audio"]
+    audio = json.loads(inside("info", video_files("surround.mp4"), "--json")[1])["audio"]
     assert (audio["channels"], audio["sample_rate"], audio["layout"]) == (6, 44100, "5.1")
     assert float(Fraction(audio["duration"])) == pytest.approx(1, abs=0.05)
 
 
-def test_frames_and_back(video_files, tmp_path):
+def test_frames_and_back(video_files, tmp_path, inside):
     """Frames of a video as pictures, and a video of those pictures."""
-    result = run("frames", video_files("h264.mp4"), "--start", 5, "--count", 3, "--out", tmp_path / "five on")
-    assert (result.returncode, result.stderr) == (0, "") and result.stdout.endswith("five on: 3 frames\n")
+    arguments = (video_files("h264.mp4"), "--start", 5, "--count", 3, "--out", tmp_path / "five on")
+    status, out, err = inside("frames", *arguments)
+    assert (status, err) == (0, "") and out.endswith("five on: 3 frames\n")
     pictures = sorted((tmp_path / "five on").iterdir())
     assert [read_number(np.asarray(Image.open(path))) for path in pictures] == [5, 6, 7]
-    result = run("encode", tmp_path / "five on", tmp_path / "out.mp4", "--format", "h264-mp4", "--fps", "23.976")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "out.mp4: 64x64, 3 frames at 24000/1001 (23.976), " in result.stdout
+    arguments = (tmp_path / "five on", tmp_path / "out.mp4", "--format", "h264-mp4", "--fps", "23.976")
+    status, out, err = inside("encode", *arguments)
+    assert (status, err) == (0, "") and "out.mp4: 64x64, 3 frames at 24000/1001 (23.976), " in out
     assert numbers_in(tmp_path / "out.mp4") == [5, 6, 7]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["five on", "out.mp4"]
 
 
-def test_last_frames_of_a_deep_video_are_deep(video_files, tmp_path):
-    result = run("frames", video_files("hevc_10bit.mp4"), "--start", -2, "--out", tmp_path / "last")
-    assert result.stdout.endswith("last: 2 frames\n")
+def test_last_frames_of_a_deep_video_are_deep(video_files, tmp_path, inside):
+    _, out, _ = inside("frames", video_files("hevc_10bit.mp4"), "--start", -2, "--out", tmp_path / "last")
+    assert out.endswith("last: 2 frames\n")
     first = tmp_path / "last" / "frame_000001.png"
     assert read_number(np.asarray(Image.open(first))) == 22
     assert first.read_bytes()[24] == 16  # bits of a sample, in the PNG's header
 
 
-def test_pictures_are_taken_by_number_and_the_ending_names_the_format(tmp_path):
+def test_pictures_are_taken_by_number_and_the_ending_names_the_format(tmp_path, inside):
     draw(tmp_path / "in", [1, 2, 10, 11], "shot{}.png")
     (tmp_path / "in" / "notes.txt").write_text("no picture")
-    result = run("encode", tmp_path / "in", tmp_path / "out.gif", "--fps", "12")
-    assert (result.returncode, result.stderr) == (0, "")
+    status, _, err = inside("encode", tmp_path / "in", tmp_path / "out.gif", "--fps", "12")
+    assert (status, err) == (0, "")
     assert numbers_in(tmp_path / "out.gif") == [1, 2, 10, 11]
 
 
@@ -181,7 +159,7 @@ def test_wrong_usage(inside, arguments, message):
     assert status == 2 and message in err.splitlines()[-1]
 
 
-def test_status_and_message_of_the_process(tmp_path):
+def test_status_and_message_of_the_process(tmp_path, run):
     (tmp_path / "notes.mp4").write_text("shopping list")
     wrong_file, wrong_usage = run("info", tmp_path / "notes.mp4"), run("encode")
     assert (wrong_file.returncode, wrong_file.stdout, len(wrong_file.stderr.splitlines())) == (1, "", 1)

@@ -171,6 +171,13 @@ def test_alpha_comes_back(tmp_path, name):
         assert psnr(frame[18:, opaque, :3], image[18:, opaque, :3]) > min(FLOORS[name], 40)
 
 
+def test_a_webp_with_loss_keeps_its_alpha(tmp_path):
+    """Its frames are of two chunks then, alpha and colours."""
+    images = torch.cat((clip(2), torch.linspace(0, 1, 160)[None, None, :, None].expand(2, 96, -1, -1)), -1)
+    for frame, image in zip(pictures(write(tmp_path, "webp", images).path, "webp"), images.double().numpy()):
+        assert np.abs(frame[..., 3] - image[..., 3]).max() < 0.01
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_odd_sizes(tmp_path, name):
     """Stored as they are where the format can, else with the last column and row repeated."""
@@ -391,14 +398,17 @@ def test_videotoolbox_then_its_software_then_the_others(name, tmp_path, caplog, 
         name, name.startswith("prores") and "prores"
     )
     assert hardware == ([f"{expected}_videotoolbox", f"{expected}_videotoolbox allow_sw=1"] if expected else [])
-    assert labels[: len(hardware)] == hardware and len(labels) == len(hardware) + 1
+    assert labels[: len(hardware)] == hardware and len(labels) > len(hardware)
     allowed = [encoder.options.get("allow_sw") for encoder in FORMATS[name].encoders_here()]
-    assert allowed == ([None, "1"] if hardware else []) + [None]
+    assert allowed == ([None, "1"] if hardware else []) + [None] * (len(labels) - len(hardware))
     video = write(tmp_path, name, clip(2))
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [line.split(" failed")[0] for line in lines] == hardware
     assert all(line.endswith(f"; trying {label}.") for line, label in zip(lines, labels[1:]))
-    assert video.encoder == labels[-1]
+    assert video.encoder == labels[len(hardware)]
+    caplog.clear()
+    save(tmp_path / f"software{SUFFIX[name]}", clip(2), video_format=FORMATS[name], software_only=True)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_encoder_options_outdo_the_quality(tmp_path):

@@ -3,6 +3,7 @@ goes wrong."""
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 from apple_silicon_video.tests.unit.test_video_encode_formats import FORMATS, SUFFIX, pictures, probe
 from apple_silicon_video.tests.unit.video_clips import clip, decode, leftovers, number_in, save, tone
+from apple_silicon_video.video import output_file
 from apple_silicon_video.video.encoding import VideoWriter, encode_video, save_picture
 from apple_silicon_video.video.errors import VideoError
 from apple_silicon_video.video.frame_stream import ImageFrames, TappedFrames, VideoFrames, playing_order
@@ -99,9 +101,33 @@ def test_white_parts_of_a_mask_become_transparent(tmp_path, shape):
         assert (picture[:, :76, 3] == 1).all() and (picture[:, 84:, 3] == 0).all()
 
 
-def test_a_wrong_number_of_masks_is_refused():
+def test_each_frame_has_its_own_mask_in_any_order(source):
+    masks = torch.arange(5.0)[:, None, None].expand(-1, 64, 64) / 8
+    order = [range(5), range(3, 0, -1)]
+    expected = [1 - index / 8 for part in order for index in part]
+    assert [frame[0, 0, 3].item() for frame in ImageFrames(clip(5), masks, order)] == expected
+    with open_video(source) as reader:
+        frames = VideoFrames(reader, reader.indices(FrameSelection(start_frame=2, end_frame=7)), masks, order)
+        assert [frame[0, 0, 3].item() for frame in frames] == expected
+
+
+def test_masks_are_scaled_smoothly():
+    (frame,) = ImageFrames(torch.zeros(1, 4, 8, 3), torch.tensor([[[0.0, 1.0]]]))
+    assert frame[0, :, 3].tolist() == [1, 1, 0.875, 0.625, 0.375, 0.125, 0, 0]
+
+
+def test_the_alpha_of_a_video_stays(tmp_path):
+    images = torch.cat((clip(2), torch.full((2, 96, 160, 1), 0.25)), -1)
+    path = save(tmp_path / "a.mov", images, video_format=FORMATS["prores4444-mov"]).path
+    with open_video(path) as reader:
+        assert all((frame[:, :, 3] - 0.25).abs().max() < 0.01 for frame in VideoFrames(reader, [0, 1]))
+
+
+def test_a_wrong_number_of_masks_is_refused(source):
     with pytest.raises(VideoError, match=r"2 masks for 6 frames; connect one mask, or one for each\."):
         ImageFrames(clip(6), torch.zeros(2, 96, 160))
+    with open_video(source) as reader, pytest.raises(VideoError, match="2 masks for 3 frames"):
+        VideoFrames(reader, [0, 1, 2], torch.zeros(2, 96, 160))
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +138,19 @@ def source(tmp_path_factory):
     return save(path, clip(30), fps=23.976, **options).path
 
 
-def test_frames_of_a_video_forward_and_backward(tmp_path, source):
+def test_frames_of_a_video_forward_and_backward(tmp_path, source, monkeypatch):
+    """Backwards no more than a few frames are asked for at a time, since all that are asked for are held."""
     with open_video(source) as reader:
+        asked, read = [], reader.frames
+        monkeypatch.setattr(reader, "frames", lambda wanted, **options: asked.append(len(wanted)) or
+                            read(wanted, **options))  # fmt: skip
         indices = reader.indices(FrameSelection(start_frame=2, end_frame=21))
         frames = VideoFrames(reader, indices, order=playing_order(len(indices), 1, ping_pong=True))
         expected = [*range(2, 21), *range(19, 2, -1)] * 2
         assert len(frames) == len(expected)
         for _ in range(2):
             assert [number_in(frame.numpy()) for frame in frames] == expected
+        assert asked == [19, 8, 8, 1] * 4
         assert numbers(save(tmp_path / "a.mp4", frames).path) == expected
 
 
@@ -248,6 +279,45 @@ def test_a_folder_name_taken_meanwhile_is_passed_over(tmp_path):
     assert leftovers(tmp_path / "a_00001_") == []
 
 
+def test_a_folder_name_taken_at_the_last_moment_is_passed_over(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def beaten(source, target):
+        if target.name == "a_00001_":
+            (target / "theirs").mkdir(parents=True)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", beaten)
+    video = encode_video(numbered_names(tmp_path, "a", 1, ""), clip(1), fps=24, video_format=FORMATS["png-8bit"])
+    assert video.path.name == "a_00002_" and leftovers(tmp_path) == ["a_00001_", "a_00002_"]
+    assert leftovers(tmp_path / "a_00001_") == ["theirs"]
+
+
+def test_an_abandoned_folder_s_name_is_used_again(tmp_path):
+    (tmp_path / ".a_00001_.partial").mkdir()
+    (tmp_path / ".a_00001_.partial" / "frame_000009.png").touch()
+    open_files = len(os.listdir("/dev/fd"))
+    video = encode_video(numbered_names(tmp_path, "a", 1, ""), clip(1), fps=24, video_format=FORMATS["png-8bit"])
+    assert video.path.name == "a_00001_" and leftovers(video.path) == ["frame_000001.png"]
+    assert leftovers(tmp_path) == ["a_00001_"] and len(os.listdir("/dev/fd")) == open_files
+
+
+def test_a_fragment_that_was_replaced_meanwhile_is_not_ours(tmp_path):
+    path = tmp_path / ".a.mp4.partial"
+    with path.open("wb") as ours:
+        path.unlink()
+        path.touch()
+        assert output_file._lock(ours.fileno(), path) is False
+
+
+@pytest.mark.parametrize("name", ["png-8bit", "h264-mp4"])
+def test_what_is_published_is_synced_with_its_folder(tmp_path, monkeypatch, name):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.add(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    path = save(tmp_path / "a", clip(2), video_format=FORMATS[name]).path
+    assert synced == {entry.stat().st_ino for entry in (tmp_path, path, *path.glob("*"))}
+
+
 @pytest.mark.parametrize("name", ["png-8bit", "webp", "gif", "prores422-mov"])
 def test_interrupts_and_vanishing_folders(tmp_path, name):
     class Interrupted(BaseException):
@@ -317,6 +387,7 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
         process = child(
             """
 from apple_silicon_video.tests.unit.video_clips import clip
+from apple_silicon_video.video import output_file
 from apple_silicon_video.video.output_file import numbered_names
 frames = clip(4)
 print("ready", flush=True)

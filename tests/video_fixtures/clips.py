@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -132,9 +133,10 @@ def _frame(shown: NDArray[np.float32], clip: Clip, reformatter: VideoReformatter
         dst_colorspace=MATRICES[clip.matrix],
         dst_color_range="JPEG" if clip.full_range else "MPEG",
     )
-    converted.colorspace = CODE_POINTS[clip.matrix]
-    converted.color_primaries = CODE_POINTS[clip.primaries]
-    converted.color_trc = CODE_POINTS[clip.transfer]
+    tags = {"colorspace": clip.matrix, "color_primaries": clip.primaries, "color_trc": clip.transfer}
+    for name, value in tags.items():
+        with suppress(AttributeError):  # PyAV before 16 has some of them on streams only
+            setattr(converted, name, CODE_POINTS[value])
     return converted
 
 

@@ -38,3 +38,13 @@ def model_folders(tmp_path):
     for name, paths in before.items():
         folder_paths.folder_names_and_paths[name][0][:] = paths
     folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Empty folders in place of ComfyUI's output, temp and user folders."""
+    paths = {name: tmp_path / name for name in ("output", "temp", "user")}
+    for name, path in paths.items():
+        path.mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(path))
+    return paths

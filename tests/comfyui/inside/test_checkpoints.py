@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
+import tqdm.auto
 from apple_silicon_video.memory import comfy_checkpoints, comfy_runs
 from apple_silicon_video.memory.checkpoints import Checkpoint, CheckpointStore
 from apple_silicon_video.memory.comfy_checkpoints import default_store, with_checkpoints
+from apple_silicon_video.memory.tensor_files import save_value
 from apple_silicon_video.nodes.long_runs import CheckpointSampling, ancestors
 from small_models import wan_lora
 
@@ -67,11 +70,12 @@ def conditioning(seed=1):
     return [[torch.randn(1, 12, 4096, generator=torch.Generator().manual_seed(seed)), {}]]
 
 
-def sample(model, sampler="euler", seed=3, positive=1, mask=None, callback=None, steps=STEPS, **options):
-    latent = torch.zeros(1, 16, 2, 8, 8)
+def sample(model, sampler="euler", seed=3, positive=1, mask=None, callback=None, steps=STEPS, cfg=2.0, fill=0.0,
+           **options):  # fmt: skip
+    latent = torch.full((1, 16, 2, 8, 8), fill)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     conditions = conditioning(positive), conditioning(2)
-    arguments = [model, noise, steps, 2.0, sampler, "simple", *conditions, latent]
+    arguments = [model, noise, steps, cfg, sampler, "simple", *conditions, latent]
     return comfy.sample.sample(*arguments, noise_mask=mask, seed=seed, callback=callback, **options)
 
 
@@ -146,6 +150,8 @@ CHANGES = {
     "steps": {"steps": STEPS + 1},
     "mask": {"mask": torch.ones(1, 1, 2, 8, 8)},
     "sampler": {"sampler": "heun"},
+    "cfg": {"cfg": 2.5},
+    "latent": {"fill": 0.1},
 }
 
 
@@ -258,6 +264,8 @@ def test_kill_at_any_moment_loses_nothing(model, store, tmp_path):
         process = os.fork()
         if process == 0:
             try:
+                for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # their lock is shared with the parent, which would wait
+                    bar.set_lock(threading.RLock())  # for ever if this process were killed while it holds it
                 torch.save(sample(with_checkpoints(model, store, "model", 1)), result)
                 os._exit(0)
             finally:
@@ -300,6 +308,26 @@ def test_node_switches_checkpoints_on(model, tmp_path, monkeypatch, calls):
     reference = sample(model)
     calls.count = 0
     assert torch.equal(sample(again), reference)
+    prompt["1"]["inputs"]["unet_name"] = "b"
+    (other,) = CheckpointSampling.execute(model, 3).result
+    stop_at(calls, 6)
+    with pytest.raises(Stop):
+        sample(other)
+    (new,) = set(default_store().folder.iterdir()) - {entry}
+    assert default_store().get(new.stem).step == 3  # of the four that were reported
+
+
+def test_checkpoints_of_another_layout_are_removed(tmp_path, caplog):
+    store = CheckpointStore(tmp_path)
+    save_value(store.path("old"), {"step": 1})
+    assert store.get("old") is None and not store.path("old").exists()
+    assert "starts from the beginning" in caplog.text
+
+
+def test_added_noise_is_not_exact():
+    options = [{}, {"s_churn": 0.5}, {"eta": 1.0}]
+    made = [comfy.samplers.ksampler("euler", option) for option in options]
+    assert [comfy_checkpoints.is_exact(sampler) for sampler in made] == [True, False, False]
 
 
 def test_store_keeps_the_newest(tmp_path):

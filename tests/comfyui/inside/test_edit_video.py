@@ -111,6 +111,17 @@ def test_seconds_and_paths(video_files):
     assert numbers_of(part) == list(range(12, 24))
 
 
+def test_a_name_in_the_output_folder(video_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    (tmp_path / "saved.mp4").write_bytes(video_files("h264.mp4").read_bytes())
+    part, _ = TrimVideo.execute(**RANGE, start=20, end=0, path="saved.mp4").args
+    assert numbers_of(part) == [20, 21, 22, 23]
+    before = TrimVideo.fingerprint_inputs(**RANGE, path="saved.mp4")
+    (tmp_path / "saved.mp4").write_bytes(b"another")
+    assert TrimVideo.fingerprint_inputs(**RANGE, path="saved.mp4") != before
+    assert TrimVideo.validate_inputs(path="gone.mp4").startswith("gone.mp4 does not exist; ")
+
+
 def test_nothing_to_cut_is_one_sentence(video_files):
     with pytest.raises(VideoError, match=r"^Trim Video \(MPS\) has no video; connect one or enter a path\.$"):
         TrimVideo.execute(**RANGE, start=0, end=0)

@@ -1,16 +1,22 @@
 """The reading nodes inside a real ComfyUI: files, VIDEO of core's nodes, what they return and what they refuse."""
 
+import asyncio
+import os
 import sys
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
 import av
+import execution
 import folder_paths
 import pytest
 import torch
 from apple_silicon_video.nodes.load_video import NODES
 from comfy_api.latest import InputImpl, Types
+from comfy_extras.nodes_primitive import String
+
+import nodes as core_nodes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from video_fixtures import make, read_number, read_time
@@ -168,6 +174,47 @@ def test_fingerprint_follows_the_file(nodes, files, folders):
     path.write_bytes(files("h264.mp4").read_bytes())
     assert node.fingerprint_inputs(file="clip.mp4", **LOAD) != before
     assert nodes["MPSLoadVideoPath"].fingerprint_inputs(path=str(path), **LOAD)
+
+
+@pytest.mark.parametrize("name", ["MPSLoadVideoPath", "MPSLoadImageSequence", "MPSVideoInfo", "MPSGetFrame"])
+def test_a_path_may_come_from_another_node(nodes, monkeypatch, name):
+    """Before the run ComfyUI knows no value for it, asks all the same, and must neither refuse nor rely on a result."""
+    for node_id, node in {name: nodes[name], "PrimitiveString": String}.items():
+        monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, node_id, node)
+    defaults = {entry.id: entry.default for entry in nodes[name].GET_SCHEMA().inputs if not entry.optional}
+    prompt = {
+        "1": {"class_type": "PrimitiveString", "inputs": {"value": "anywhere"}},
+        "2": {"class_type": name, "inputs": defaults | {"path": ["1", 0]}},
+    }
+    assert asyncio.run(execution.validate_inputs("id", prompt, "2", {}))[0] is True
+    values = {
+        key: value for key, (value,) in execution.get_input_data(prompt["2"]["inputs"], nodes[name], "2")[0].items()
+    }
+    assert nodes[name].fingerprint_inputs(**values) != nodes[name].fingerprint_inputs(**values)
+
+
+def test_a_file_may_come_from_another_node(nodes):
+    node = nodes["MPSLoadVideo"]
+    assert node.validate_inputs(file=None) is True
+    assert node.fingerprint_inputs(file=None, **LOAD) != node.fingerprint_inputs(file=None, **LOAD)
+
+
+def test_a_connected_video_needs_no_path(nodes, files, folders, monkeypatch):
+    for name in ("MPSLoadVideoPath", "MPSGetFrame"):
+        monkeypatch.setitem(core_nodes.NODE_CLASS_MAPPINGS, name, nodes[name])
+    prompt = {
+        "1": {"class_type": "MPSLoadVideoPath", "inputs": LOAD | {"path": str(files("h264.mp4"))}},
+        "2": {"class_type": "MPSGetFrame", "inputs": {"path": "gone.mp4", "index": 0, "video": ["1", 5]}},
+    }
+    assert asyncio.run(execution.validate_inputs("id", prompt, "2", {}))[0] is True
+    del prompt["2"]["inputs"]["video"]
+    assert asyncio.run(execution.validate_inputs("id", prompt, "2", {}))[0] is False
+    node = nodes["MPSGetFrame"]
+    before = node.fingerprint_inputs(path="", index=0), node.fingerprint_inputs(path="new.mp4", index=0, video=None)
+    (folders / "input" / "new.mp4").touch()
+    os.utime(folders / "input", (0, 0))
+    after = node.fingerprint_inputs(path="", index=0), node.fingerprint_inputs(path="new.mp4", index=0, video=None)
+    assert after == before
 
 
 def test_missing_file_is_one_sentence(nodes, folders):

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import av
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import numpy as np
 import pytest
 import torch
 from apple_silicon_video.nodes.video import SaveVideo
+from apple_silicon_video.nodes.video_inputs import settings
 from apple_silicon_video.tests.unit.video_clips import clip, decode, number_in, tone
 from apple_silicon_video.video.comfy_formats import formats, user_folder
+from apple_silicon_video.video.comfy_saving import Settings
 from apple_silicon_video.video.errors import VideoError
 from comfy_api.latest import InputImpl, Types
 from PIL import Image
@@ -34,16 +35,6 @@ SHOWN = {
     "png-8bit": ("temp", "preview_00001_.mp4", True),
     "png-16bit": ("temp", "preview_00001_.mp4", True),
 }
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Empty folders in place of ComfyUI's output, temp and user folders."""
-    paths = {name: tmp_path / name for name in ("output", "temp", "user")}
-    for name, path in paths.items():
-        path.mkdir()
-        monkeypatch.setattr(folder_paths, f"{name}_directory", str(path))
-    return paths
 
 
 def run(**inputs):
@@ -94,6 +85,14 @@ def test_formats_of_the_user(folders):
     (format_input,) = (i for i in SaveVideo.define_schema().inputs if i.id == "format")
     assert format_input.options[0] == "h264-mp4" and "mine" in format_input.options
     assert run(images=clip(2), format="mine")[0].name == "clip_00001_.m4v"
+
+
+def test_inputs_become_settings():
+    assert settings("clip", "gif", "best") == Settings("clip", "gif", "best")
+    chosen = settings("clip", "gif", "best", encoder="software only", audio_codec="pcm", encoder_options="a=1", loop=2)
+    assert chosen == Settings(
+        "clip", "gif", "best", loop=2, software_only=True, audio_codec="pcm", encoder_options="a=1"
+    )
 
 
 def test_loop_ping_pong_first_frame_and_mask(folders):
@@ -167,6 +166,23 @@ def test_a_cut_video_and_one_of_frames(folders, saved):
         assert container.streams.video[0].average_rate == 12.5
         assert len(container.streams.audio) == 1
     assert numbers(path) == list(range(6))
+
+
+def test_a_cut_is_found_where_the_clock_does_not_begin_with_the_first_frame(folders, saved):
+    late = folders["temp"] / "late.ts"
+    with av.open(str(saved)) as source, av.open(str(late), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(str(late)) as container:
+        begin = float(container.streams.video[0].start_time * container.streams.video[0].time_base)
+    assert begin > 0.04
+    path, *_ = run(video=InputImpl.VideoFromFile(str(late), start_time=begin + 0.5, duration=0.25))
+    assert numbers(path) == [12, 13, 14, 15, 16, 17]
+    path, *_ = run(video=InputImpl.VideoFromFile(str(late), start_time=0.01, duration=0.25))
+    assert numbers(path) == [0, 1, 2, 3, 4, 5]
 
 
 def test_progress_shows_pictures(folders, monkeypatch):

@@ -262,16 +262,6 @@ def test_other_vaes_and_other_latents_go_core_s_way(vaes):
     assert stages.stream_vae(vae, "on") is vae
 
 
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Empty folders in place of ComfyUI's output, temp and user folders."""
-    paths = {name: tmp_path / name for name in ("output", "temp", "user")}
-    for name, path in paths.items():
-        path.mkdir()
-        monkeypatch.setattr(folder_paths, f"{name}_directory", str(path))
-    return paths
-
-
 def to_video(vae, samples, **inputs):
     hidden = SimpleNamespace(prompt={"1": {"x": 2}}, extra_pnginfo={"workflow": {"nodes": [1]}})
     node = type("Node", (VAEDecodeToVideo,), {"hidden": hidden})

@@ -5,7 +5,8 @@ write nothing, so that a weight is decoded in the memory that it takes on a Mac.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import core_tree
 import simulated_mps as sim
@@ -18,7 +19,7 @@ import comfy.sd
 from apple_silicon_video.memory import comfy_activations
 from apple_silicon_video.mps_patches import attention
 from apple_silicon_video.quantization import comfy_loader, metal_kernels, metal_matmul, metal_scaled
-from small_models import wan_weights, write_full_size_wan, write_wan_gguf
+from small_models import wan_weights, write_full_size_scaled, write_full_size_wan, write_wan_gguf
 
 import nodes
 
@@ -27,6 +28,7 @@ DRY_ABOVE = 1 << 16
 STEPS = 4
 KERNELS = (metal_kernels, metal_matmul, metal_scaled)
 SPEED_LORA_RANK = 64  # of the 4-step LoRAs that the workflows name
+_checked: set[str] = set()
 
 
 def load_small(folder, variant, recipe="Q5_K_M"):
@@ -36,10 +38,21 @@ def load_small(folder, variant, recipe="Q5_K_M"):
     return comfy_loader.load_diffusion_model(path)
 
 
+def write_full(folder, variant, recipe):
+    """A file of the published size that is a hole: GGUF, or safetensors for fp8 matrices."""
+    if recipe.startswith("F8"):
+        return write_full_size_scaled(folder / f"{variant}-{recipe}.safetensors", variant, recipe)
+    return write_full_size_wan(folder / f"{variant}-{recipe}.gguf", variant, recipe)
+
+
 def load_full(folder, variant, recipe, lora_rank=0):
-    """A MODEL of the published size that runs one of its blocks."""
-    path = folder / f"{variant}-{recipe}.gguf"
-    patcher = comfy_loader.load_diffusion_model(write_full_size_wan(path, variant, recipe))
+    """A MODEL of the published size that runs one of its blocks; lora_rank 0 is no LoRA."""
+    patcher = run_one_block(comfy_loader.load_diffusion_model(write_full(folder, variant, recipe)))
+    return _with_lora(patcher, lora_rank) if lora_rank else patcher
+
+
+def run_one_block(patcher):
+    """Let the MODEL run the first of its blocks only; loading still sees all of them. Returns it."""
     model = patcher.model.diffusion_model
     whole = model._forward
 
@@ -52,7 +65,7 @@ def load_full(folder, variant, recipe, lora_rank=0):
             model.blocks = blocks
 
     model._forward = first_block
-    return _with_lora(patcher, lora_rank) if lora_rank else patcher
+    return patcher
 
 
 def _with_lora(patcher, rank):
@@ -90,7 +103,10 @@ def sample(patcher, variant, latent, first=True, cfg=1.0, numbers=False):
 
 
 def check_blocks(folder, variant):
-    """Compare this kind of block with core's, with numbers, so that dry mode runs the pack's."""
+    """Compare this kind of block with core's, with numbers, so that dry mode runs the pack's; once for each variant."""
+    if variant in _checked:
+        return
+    _checked.add(variant)
     patcher = load_small(folder, variant, "Q8_0")
     sample(patcher, variant, blank(variant, 128, 128, 9), numbers=True)
     leave_nothing()
@@ -98,17 +114,24 @@ def check_blocks(folder, variant):
 
 
 @contextmanager
-def dry_device(monkeypatch):
-    """Dry mode with kernels that write nothing."""
+def dry_device(free=None):
+    """Dry mode with kernels that write nothing; free() is what core takes for free then, None its own count."""
     attention.attention_version(MPS), attention.half_softmax_is_exact(MPS)
-    for module in KERNELS:
-        monkeypatch.setattr(module, "checked", lambda *args, **kwargs: lambda *inputs, **options: None)
-    sim.dry(DRY_ABOVE)
-    try:
-        yield
-    finally:
-        leave_nothing()
-        sim.dry(0)
+    with ExitStack() as patches:
+        for module in KERNELS:
+            patches.enter_context(patch.object(module, "checked", _kernel))
+        if free is not None:
+            patches.enter_context(patch.object(management, "get_free_memory", free_memory(free)))
+        sim.dry(DRY_ABOVE)
+        try:
+            yield
+        finally:
+            leave_nothing()
+            sim.dry(0)
+
+
+def _kernel(*args, **kwargs):
+    return lambda *inputs, **options: None
 
 
 def leave_nothing():

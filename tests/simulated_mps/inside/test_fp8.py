@@ -4,23 +4,18 @@ The small models are those of the tests inside ComfyUI; the tree is $COMFYUI_DIR
 """
 
 import gc
-import os
 import sys
 import threading
 
+import core_tree
 import psutil
 import pytest
 import simulated_mps as sim
 import torch
 
-if os.environ.get("COMFYUI_DIR") is None:
-    import fetch_comfyui
-
-    os.environ["COMFYUI_DIR"] = str(fetch_comfyui.fetch())
-sys.path.insert(0, os.environ["COMFYUI_DIR"])
+sys.path.insert(0, core_tree.folder())
 
 import comfy.model_management
-import comfy.sample
 import comfy.sd
 from apple_silicon_video.quantization import comfy_loader
 from apple_silicon_video.quantization.comfy_patcher import QuantizedModelPatcher
@@ -47,6 +42,7 @@ from small_models import (
     write_safetensors,
     write_scaled,
 )
+from two_steps import two_steps
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 TABLE = tuple(map(int, sim.installed()["torch"].split(".")[:2]))
@@ -66,19 +62,9 @@ def write_wan(folder, layout):
     return write_scaled(folder / f"{layout}.safetensors", model), model.decoded
 
 
-def sample(patcher):
-    """Two Euler steps through core's sampler, on the CPU afterwards."""
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.zeros(1, 16, 2, 8, 8)
-    conditioning = [[torch.randn(1, 20, 4096, generator=generator), {}]]
-    noise = comfy.sample.prepare_noise(latent, 0)
-    result = comfy.sample.sample(patcher, noise, 2, 1.0, "euler", "simple", conditioning, conditioning, latent, seed=0)
-    return result.cpu()
-
-
 def on_the_cpu(state_dict):
     options = {"dtype": torch.float32, "load_device": CPU}
-    return sample(comfy.sd.load_diffusion_model_state_dict(dict(state_dict), model_options=options))
+    return two_steps(comfy.sd.load_diffusion_model_state_dict(dict(state_dict), model_options=options))
 
 
 @pytest.mark.parametrize("layout", SCALED_LAYOUTS)
@@ -87,7 +73,7 @@ def test_ours_samples_and_equals_the_cpu(layout, tmp_path):
     reference = on_the_cpu(decoded)
     patcher = comfy_loader.load_diffusion_model(path, torch.float32)
     assert isinstance(patcher, QuantizedModelPatcher) and patcher.load_device.type == "mps"
-    result = sample(patcher)
+    result = two_steps(patcher)
     weight = patcher.model.diffusion_model.blocks[0].ffn[0].weight
     assert isinstance(weight, QuantizedWeight) and weight.device.type == "mps"
     assert reference.std() > 0.01
@@ -111,11 +97,11 @@ def test_core_fails_with_the_well_known_error(layout, weight_dtype, tmp_path):
     options = {} if weight_dtype is None else {"dtype": weight_dtype}
     patcher = comfy.sd.load_diffusion_model(str(path), model_options=options)
     if TABLE >= (2, 15) and SCALED_LAYOUTS[layout].dtype == torch.float8_e4m3fn:
-        assert torch.isfinite(sample(patcher)).all()
+        assert torch.isfinite(two_steps(patcher)).all()
     else:
         with pytest.raises(TypeError, match=ERROR):
-            sample(patcher)
-    assert torch.isfinite(sample(comfy_loader.load_diffusion_model(path))).all()
+            two_steps(patcher)
+    assert torch.isfinite(two_steps(comfy_loader.load_diffusion_model(path))).all()
 
 
 def test_core_doubles_plain_fp8(tmp_path):
@@ -148,7 +134,7 @@ def test_one_byte_per_weight_on_the_device(layout, tmp_path):
 def test_peak_of_loading_to_the_device(matrices, others, tmp_path):
     """Gigabytes from the file to the device: besides its copy, no more than the largest tensor and 200 MB."""
     write_wan(tmp_path, "marker")
-    sample(comfy_loader.load_diffusion_model(tmp_path / "marker.safetensors"))
+    two_steps(comfy_loader.load_diffusion_model(tmp_path / "marker.safetensors"))
     path = write_full_size_scaled(tmp_path / "1.3b.safetensors", "wan2.1-t2v-1.3b", matrices, others)
     largest = max(info.nbytes for info in SafetensorsFile(path).tensors.values())
     gc.collect()
@@ -181,7 +167,7 @@ def test_dense_files(dtype, tmp_path):
     patcher = comfy_loader.load_diffusion_model(path, torch.float32)
     assert isinstance(patcher, QuantizedModelPatcher) == (dtype != torch.float32)
     reference = on_the_cpu({name: tensor.float() for name, tensor in dense.items()})
-    torch.testing.assert_close(sample(patcher), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(two_steps(patcher), reference, rtol=1e-5, atol=1e-5)
     assert patcher.model_size() < path.stat().st_size * 1.02
 
 
@@ -190,11 +176,11 @@ def test_leaving_the_device_returns_to_the_file(tmp_path):
     patcher = comfy_loader.load_diffusion_model(path, torch.float32)
     layer = patcher.model.diffusion_model.blocks[0].ffn[0]
     address, factors = layer.weight.blocks.data_ptr(), layer.weight.scales.values.data_ptr()
-    first = sample(patcher)
+    first = two_steps(patcher)
     for _ in range(2):
         comfy.model_management.unload_all_models()
         assert (layer.weight.blocks.data_ptr(), layer.weight.scales.values.data_ptr()) == (address, factors)
-        assert torch.equal(sample(patcher), first)
+        assert torch.equal(two_steps(patcher), first)
 
 
 @pytest.mark.parametrize("layout", ["e4m3fn", "marker-full-precision", "weight-scale-block"])

@@ -1,17 +1,13 @@
 """The governor in a real sampling on the simulated device: it trims, shrinks and stops, and the run can go on."""
 
-import os
 import sys
 
+import core_tree
 import pytest
 import simulated_mps as sim
 import torch
 
-if os.environ.get("COMFYUI_DIR") is None:
-    import fetch_comfyui
-
-    os.environ["COMFYUI_DIR"] = str(fetch_comfyui.fetch())
-sys.path.insert(0, os.environ["COMFYUI_DIR"])
+sys.path.insert(0, core_tree.folder())
 
 import comfy.model_management
 import comfy.sample

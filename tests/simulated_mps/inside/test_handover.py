@@ -14,8 +14,11 @@ import torch
 
 sys.path.insert(0, core_tree.folder())
 
+import comfy.hooks
+import comfy.lora
 import comfy.patcher_extension
 import comfy.sd
+import comfy.utils
 import full_size_sampling as full
 from apple_silicon_video.memory.comfy_runs import WRAPPER_KEY
 from full_size_sampling import blank, load_full, load_small, management, sample
@@ -82,10 +85,10 @@ RANKS = {(2, 10): [0], (2, 13): [full.SPEED_LORA_RANK]}
 if TABLE in RANKS:
 
     @pytest.mark.parametrize("rank", RANKS[TABLE])
-    def test_full_size_experts(tmp_path, monkeypatch, rank):
+    def test_full_size_experts(tmp_path, rank):
         """Q3_K_M at 832x480, 81 frames, in dry mode; rank of a LoRA, 0 is none."""
         full.check_blocks(tmp_path, HIGH)
-        with full.dry_device(monkeypatch):
+        with full.dry_device():
             experts = [load_full(tmp_path, name, "Q3_K_M", rank) for name in (HIGH, LOW)]
             alone, second, resident, latent = hand_over(experts, FULL)
             assert resident > 6 * GIB
@@ -105,7 +108,93 @@ def watched(patcher, unloads):
     return noting
 
 
-if TABLE == (2, 13):  # neither depends on the table
+def factors_on_mps(patcher):
+    """Dtypes and bytes of the LoRA factors that layers hold on the device."""
+    functions = [f for m in patcher.model.modules() for f in getattr(m, "weight_function", ())]
+    held = [member for f in functions for patch in f.patches for member in patch[1].weights if member is not None]
+    tensors = [member for member in held if isinstance(member, torch.Tensor)]
+    assert {tensor.device.type for tensor in tensors} == {"mps"}
+    return {tensor.dtype for tensor in tensors}, sum(tensor.nbytes for tensor in tensors)
+
+
+def loaded(patcher):
+    """(Live bytes of a model on the device, their peak while it was loaded); nothing else is on the device."""
+    management.unload_all_models()
+    gc.collect()
+    empty = sim.stats().live
+    sim.reset()
+    management.load_models_gpu([patcher], force_full_load=True)
+    gc.collect()
+    return sim.stats().live - empty, sim.stats().peak - empty
+
+
+if TABLE == (2, 13):  # none depends on the table
+
+    def test_a_lora_takes_half_its_bytes(tmp_path):
+        """At no moment more; core counts them so; the patches stay in float32, and what is saved has them as such."""
+        plain = load_small(tmp_path, HIGH)
+        patched = with_lora(plain, HIGH)
+        key = "diffusion_model.blocks.0.ffn.0.weight"
+        sources = {key: [m for m in patches[0][1].weights if m is not None] for key, patches in patched.patches.items()}
+        copies = {name: [torch.as_tensor(m).clone() for m in members] for name, members in sources.items()}
+        whole = sum(m.nbytes for members in sources.values() for m in members if isinstance(m, torch.Tensor))
+        weight = comfy.utils.get_attr(plain.model, key)
+        dense = weight.dequantize(torch.float32).clone()
+        exact = comfy.lora.calculate_weight(patched.patches[key], dense, key).to(weight.dtype)
+
+        before, _ = loaded(plain)
+        counted = plain.model.model_loaded_weight_memory
+        with_factors, peak = loaded(patched)
+        assert factors_on_mps(patched) == ({torch.float16}, whole // 2)
+        assert with_factors - before == whole // 2 == patched.model.model_loaded_weight_memory - counted
+        assert peak == with_factors
+
+        for name, members in copies.items():
+            found = [torch.as_tensor(m) for m in patched.patches[name][0][1].weights if m is not None]
+            assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(members, found, strict=True))
+        assert torch.equal(patched.patch_weight_to_device(key, return_weight=True).cpu(), exact)
+
+    def test_a_lora_acts_as_in_float32_and_leaves_no_trace(tmp_path):
+        """The patch of a whole matrix within two roundings to 11 bits; then the model without it, bit for bit."""
+        plain = load_small(tmp_path, HIGH)
+        patched = with_lora(plain, HIGH)
+        layer = plain.model.diffusion_model.blocks[0].ffn[0]
+        key = "diffusion_model.blocks.0.ffn.0.weight"
+        management.load_models_gpu([plain], force_full_load=True)
+        before = layer.decoded_weight(torch.float32, full.MPS).cpu()
+        management.load_models_gpu([patched], force_full_load=True)
+        assert layer.weight.device.type == "mps" and len(layer.weight_function) == 1
+        found = layer.decoded_weight(torch.float32, full.MPS).cpu() - before
+        ((strength, value, *_),) = patched.patches[key]
+        up, down, alpha = value.weights[:3]
+        scale = strength * alpha / down.shape[0]
+        error = (found - scale * (up @ down)).abs()
+        unit = torch.finfo(torch.float32).eps * before.abs().max()
+        assert (error <= scale * (up.abs() @ down.abs()) * 2**-9.9 + unit).all() and error.max() > unit
+        management.unload_all_models()
+        assert not layer.weight_function
+        management.load_models_gpu([plain], force_full_load=True)
+        assert torch.equal(layer.decoded_weight(torch.float32, full.MPS).cpu(), before)
+
+    def test_a_scheduled_lora_takes_half_its_bytes(tmp_path):
+        lora = wan_lora(HIGH, "lora", seed=1)
+        patcher = load_small(tmp_path, HIGH).clone()
+        comfy.hooks.load_hook_lora_for_models(patcher, None, lora, 0.7, 0.0)
+        hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.7, strength_clip=0.0)
+        target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        patcher.register_all_hook_patches(hooks, target)
+        before, _ = loaded(patcher)
+        patcher.patch_hooks(hooks)
+        whole = sum(tensor.nbytes for name, tensor in lora.items() if not name.endswith("alpha"))
+        assert factors_on_mps(patcher) == ({torch.float16}, whole // 2)
+        gc.collect()
+        assert whole // 2 <= sim.stats().live - before < whole // 2 + (1 << 10)  # and the tables that decode weights
+        patcher.unpatch_hooks()
+
+    def test_unquantised_matrices_keep_a_lora_s_precision(tmp_path):
+        patched = with_lora(load_small(tmp_path, HIGH, "F16"), HIGH)
+        management.load_models_gpu([patched], force_full_load=True)
+        assert factors_on_mps(patched)[0] == {torch.float32}
 
     def test_what_the_sampling_needs_stays(tmp_path):
         """Clones of the model are the model; models that it brings along are not unloaded to be loaded again."""
@@ -170,7 +259,7 @@ def sampling_peak(folder, monkeypatch, name, memory):
     full.check_blocks(folder, variant)
     recommended = memory * GIB * 2 // 3
     monkeypatch.setattr(management, "get_free_memory", full.free_memory(lambda: recommended - sim.stats().live))
-    with full.dry_device(monkeypatch):
+    with full.dry_device():
         sim.limits(recommended, recommended * 3 // 4, recommended)
         assert torch.mps.recommended_max_memory() == recommended
         patcher = load_full(folder, variant, row.quantisation, full.SPEED_LORA_RANK if row.fast else 0)

@@ -5,26 +5,22 @@ The ComfyUI tree is $COMFYUI_DIR, or the newest one pinned.
 """
 
 import logging
-import os
 import sys
 
+import core_tree
 import pytest
 import simulated_mps.device as device
 import torch
 
-if os.environ.get("COMFYUI_DIR") is None:
-    import fetch_comfyui
-
-    os.environ["COMFYUI_DIR"] = str(fetch_comfyui.fetch())
-sys.path.insert(0, os.environ["COMFYUI_DIR"])
+sys.path.insert(0, core_tree.folder())
 
 import comfy.model_management
-import comfy.sample
 import metal_on_cpu
 from apple_silicon_video.quantization import comfy_loader, metal_kernels, metal_matmul
 from apple_silicon_video.quantization.formats import FORMATS, random_blocks
 from apple_silicon_video.quantization.tensor import QuantizedWeight
 from small_models import ENCODERS, LAYOUTS, encoder_weights, wan_weights, write_encoder_gguf, write_wan_gguf
+from two_steps import two_steps
 
 MPS = torch.device("mps")
 VARIANT = "wan2.1-t2v-1.3b"
@@ -58,12 +54,7 @@ def sample(path):
     """Two Euler steps of the model in ``path``, loaded anew."""
     patcher = comfy_loader.load_diffusion_model(path, torch.float16)
     assert patcher.load_device.type == "mps"
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.zeros(1, 16, 2, 8, 8)
-    conditioning = [[torch.randn(1, 20, 4096, generator=generator), {}]]
-    noise = comfy.sample.prepare_noise(latent, 0)
-    result = comfy.sample.sample(patcher, noise, 2, 1.0, "euler", "simple", conditioning, conditioning, latent, seed=0)
-    return result.cpu()
+    return two_steps(patcher)
 
 
 @pytest.mark.parametrize("recipe", ["Q3_K_M", "Q5_K_M", "Q2_K", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"])

@@ -6,18 +6,14 @@ The kernels run on the CPU (../../metal_on_cpu). The ComfyUI tree is $COMFYUI_DI
 import os
 import sys
 
+import core_tree
 import pytest
 import simulated_mps.device as device
 import torch
 
-if os.environ.get("COMFYUI_DIR") is None:
-    import fetch_comfyui
-
-    os.environ["COMFYUI_DIR"] = str(fetch_comfyui.fetch())
-sys.path.insert(0, os.environ["COMFYUI_DIR"])
+sys.path.insert(0, core_tree.folder())
 
 import comfy.model_management
-import comfy.sample
 import metal_on_cpu
 from apple_silicon_video.memory.comfy_activations import reduce_activations
 from apple_silicon_video.quantization import comfy_loader, comfy_ops, metal_kernels, metal_matmul
@@ -26,6 +22,7 @@ from apple_silicon_video.quantization.metal_matmul import within_rounding
 from apple_silicon_video.quantization.scaled_formats import SCALED_FORMATS, read_scales
 from apple_silicon_video.quantization.tensor import PlainFormat, QuantizedWeight
 from small_models import ENCODERS, LAYOUTS, encoder_weights, wan_weights, write_encoder_gguf, write_wan_gguf
+from two_steps import two_steps
 
 MPS = torch.device("mps")
 VARIANT = "wan2.1-t2v-1.3b"
@@ -84,12 +81,7 @@ def sample(path, dtype=torch.float16):
     """Two Euler steps of the model in ``path``, loaded anew."""
     patcher = reduce_activations(comfy_loader.load_diffusion_model(path, dtype), "off")
     assert patcher.load_device.type == "mps"
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.zeros(1, 16, 2, 8, 8)
-    conditioning = [[torch.randn(1, 20, 4096, generator=generator), {}]]
-    noise = comfy.sample.prepare_noise(latent, 0)
-    result = comfy.sample.sample(patcher, noise, 2, 1.0, "euler", "simple", conditioning, conditioning, latent, seed=0)
-    return result.cpu()
+    return two_steps(patcher)
 
 
 def assert_close(actual, expected, part):
