@@ -210,7 +210,7 @@ class _Forward:
             | {
                 "result of the block": out,
                 "decoded weights": 2 * dim * model.ffn_dim * size,
-                "chunk": 2 * forward + 2 * hidden_rows * model.ffn_dim * size,
+                "chunk": 2 * hidden_rows * model.ffn_dim * size,
             },
         ]
 

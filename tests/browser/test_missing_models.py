@@ -209,3 +209,17 @@ def test_the_button_in_nodes_2(empty, browser):
             assert [id for id, _ in page.evaluate(LABELS)] == [node["id"] for node in missing[2:]]
     finally:
         empty.post(f"/settings/{setting}", False)
+
+
+@pytest.mark.slow
+def test_the_button_in_chinese(empty, browser):
+    setting = "Comfy.Locale"
+    try:
+        with FrontEnd(browser, empty.url, settings={setting: "zh"}) as front_end:
+            front_end.load(workflow(CLICKED))
+            ours = [node for node in wanted(CLICKED).values() if node["type"].startswith("MPS")]
+            labels = {node["id"]: f"下载（放入 models/{node['properties']['models'][0]['directory']}）" for node in ours}
+            assert dict(front_end.page.evaluate(LABELS)) == labels
+            assert front_end.errors == []
+    finally:
+        empty.post(f"/settings/{setting}", "en")

@@ -332,7 +332,7 @@ def test_torch_of_a_parent_stays_in_sight(checkout, tmp_path, monkeypatch):
     """system-site-packages does for an ordinary interpreter; an environment's own packages are named in a .pth."""
     parent = tmp_path / "parent" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "parent"], check=True)
-    folder = Path(environment.environment_folders(str(parent)))
+    folder = Path(environment.environment_folders(str(parent)).splitlines()[0])
     assert folder.is_dir() and folder.is_relative_to(tmp_path / "parent" / "lib")
 
     made = []

@@ -86,15 +86,12 @@ def test_the_held_out_table_is_another():
     assert len({row["recipe"] for row in HELD_OUT} - {row["recipe"] for row in ROWS}) >= 3
 
 
-@pytest.mark.parametrize(("part", "most"), [("peak", MOST_ERROR), ("activations", 0.1)])
-def test_what_nothing_was_fitted_to_is_within_5_percent(part, most):
-    """Never fit to it: it says what the planner is worth for settings that nobody measured.
-
-    Activations alone are 9 % off where they are a few hundred MiB, which is 2 % of the peak.
-    """
+@pytest.mark.parametrize("part", ["peak", "activations"])
+def test_what_nothing_was_fitted_to_is_within_5_percent(part):
+    """Never fit to it: it says what the planner is worth for settings that nobody measured."""
     found = errors(part, HELD_OUT)
     print(f"held out, {part}: largest error {max(map(abs, found)):.4f}, mean {statistics.mean(map(abs, found)):.4f}")
-    assert max(map(abs, found)) < most
+    assert max(map(abs, found)) < MOST_ERROR
     assert statistics.mean(map(abs, found)) < 0.015
 
 

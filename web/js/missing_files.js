@@ -10,7 +10,23 @@ const SOURCE = "https://huggingface.co/"; // a workflow is anybody's text: no ot
 const SUFFIX = /\.(gguf|safetensors)$/;
 const EXPLAINED = 20000; // ms
 
+const WORDS = {
+  en: {
+    button: (directory) => `Download for models/${directory}`,
+    summary: (name) => `Downloading ${name}`,
+    detail: (folder) => `When it is complete, move it to ${folder} and press R.`,
+  },
+  zh: {
+    button: (directory) => `下载（放入 models/${directory}）`,
+    summary: (name) => `正在下载 ${name}`,
+    detail: (folder) => `下载完成后，把它移到 ${folder}，然后按 R。`,
+  },
+};
+
 const watched = new WeakSet();
+
+/** What is said, in the front end's language. */
+const words = () => (`${app.extensionManager.setting.get("Comfy.Locale")}`.startsWith("zh") ? WORDS.zh : WORDS.en);
 
 /** The file of properties.models that a widget names and no folder has, or undefined. */
 function missingFile(node) {
@@ -33,14 +49,14 @@ async function download({ name, url, directory }) {
   link.click();
   const folders = (await api.getFolderPaths?.())?.[directory] ?? [];
   const folder = folders.find((path) => path.endsWith(directory)) ?? `models/${directory}`; // ComfyUI has old names too
-  const detail = `When it is complete, move it to ${folder} and press R.`;
-  app.extensionManager.toast.add({ severity: "info", summary: `Downloading ${name}`, detail, life: EXPLAINED });
+  const [summary, detail] = [words().summary(name), words().detail(folder)];
+  app.extensionManager.toast.add({ severity: "info", summary, detail, life: EXPLAINED });
 }
 
 /** Put the button below a loader's widgets; it is no part of what is saved or queued. */
 function add(node, directory) {
   const button = node.addWidget("button", BUTTON, null, () => download(missingFile(node)), { serialize: false });
-  button.label = `Download for models/${directory}`;
+  button.label = words().button(directory);
   button.serialize = false;
   watch(node);
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);

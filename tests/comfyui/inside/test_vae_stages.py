@@ -332,6 +332,10 @@ def test_progress_and_previews(vaes, folders, monkeypatch):
     shown.clear()
     VAEDecode.execute({"samples": latent("wan2.1", 2, 4, 28)}, vae, budget_for(vae, "decode", 224, 32, 5, 2))
     assert shown[-1][:2] == (10, 10)
+    shown.clear()
+    VAEEncode.execute(pictures(9, 32, 224), vae, budget_for(vae, "encode", 224, 32, 9, 2))
+    values = [value for value, _, _ in shown]
+    assert shown[-1][:2] == (18, 18) and values == sorted(values) and values[0] == 0
 
 
 @pytest.fixture
