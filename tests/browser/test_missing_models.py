@@ -218,7 +218,8 @@ def test_the_button_in_chinese(empty, browser):
         with FrontEnd(browser, empty.url, settings={setting: "zh"}) as front_end:
             front_end.load(workflow(CLICKED))
             ours = [node for node in wanted(CLICKED).values() if node["type"].startswith("MPS")]
-            labels = {node["id"]: f"下载（放入 models/{node['properties']['models'][0]['directory']}）" for node in ours}
+            folders = {node["id"]: node["properties"]["models"][0]["directory"] for node in ours}
+            labels = {node: f"下载（放入 models/{folder}）" for node, folder in folders.items()}
             assert dict(front_end.page.evaluate(LABELS)) == labels
             assert front_end.errors == []
     finally:
