@@ -50,7 +50,7 @@ class Policy:
 
 
 POLICIES: dict[str, Policy] = {
-    "careful": Policy(trim=0.85, shrink=0.95, stop=None, swap=0.25),
+    "careful": Policy(trim=0.90, shrink=0.95, stop=None, swap=0.25),
     "strict": Policy(trim=0.80, shrink=0.85, stop=1.0, swap=0.05),
 }
 """careful tolerates what macOS can compress or swap away once; strict keeps the run inside the working set."""

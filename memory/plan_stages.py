@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from ..mps_patches import attention_plan
+from ..quantization.low_rank import PART_BYTES
 from .plan_models import CLIP_TOKENS, HEAD_DIM, TEXT_DIM, TEXT_TOKENS, VAES, PlanError, Quantities, WanModel
 from .vae_streaming import KINDS
 from .vae_tiles import AUTOMATIC_SHARE as VAE_SHARE
@@ -20,9 +21,6 @@ from .vae_tiles import BudgetError, peak_bytes, plan_tiles, smallest_tiles
 from .wan_activations import DEFAULT_BYTES, WIDTHS, ActivationBudget
 
 Cfg = Literal["none", "apart", "batched"]
-
-LORA_COPIES = 3
-"""float32 copies of a matrix while LoRAs are added to it: the matrix, the LoRA's product, and their sum."""
 
 CORE_QUERIES = 4096
 """Queries at a time in core's own attention, scores and softmax in float32; it takes the small calls."""
@@ -149,13 +147,17 @@ class _Forward:
         }
 
     def matrices(self, *shapes: tuple[int, int]) -> float:
-        """Decoded matrices of these shapes that are kept, the last one just being made where LoRAs are added."""
+        """Decoded matrices of these shapes that are kept.
+
+        Where LoRAs are added the last one is just being made: in float32 with a part of a product, then both in
+        float32 and rounded.
+        """
         size = self.compute.itemsize
         held = sum(rows * columns for rows, columns in shapes) * size
         if not self.lora:
             return held
         rows, columns = shapes[-1]
-        return max(held, held - rows * columns * size + LORA_COPIES * 4 * rows * columns)
+        return held + 4 * rows * columns + max(0, PART_BYTES - size * rows * columns)
 
     def moments(self) -> list[dict[str, float]]:
         model, batch, size = self.model, self.batch, self.compute.itemsize

@@ -20,6 +20,7 @@ import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 
 from .half_factors import MOST_EXPONENT, to_half
+from .low_rank import add_product
 from .tensor import PlainFormat, QuantizedWeight
 
 ALPHA = 2
@@ -64,6 +65,24 @@ def _product(value: Any) -> tuple[tuple, tuple[int, ...]]:
     if isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and len(value[1]) == 1:
         return value[1], (0,)
     return (), ()
+
+
+def add_plain_lora(weight: torch.Tensor, patch: tuple) -> bool:
+    """Add a patch of core's to a weight [rows, columns] in place if it is a plain LoRA; whether it was one.
+
+    Plain: up, down and perhaps alpha, whose product has the weight's shape; no offset, function or model strength.
+    """
+    strength, value, model_strength, offset, function = patch
+    if type(value) is not LoRAAdapter or (model_strength, offset, function) != (1.0, None, None):
+        return False
+    up, down, alpha, *others = value.weights
+    if any(member is not None for member in others) or (weight.ndim, up.ndim, down.ndim) != (2, 2, 2):
+        return False
+    if (up.shape[0], down.shape[1]) != weight.shape or up.shape[1] != down.shape[0]:
+        return False
+    scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+    add_product(weight, up.to(weight.device), down.to(weight.device), float(strength) * scale)
+    return True
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
@@ -117,13 +136,17 @@ class WeightPatch:
         return sum(_tensor_bytes(p[1]) for p in self.patches)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        return comfy.lora.calculate_weight(
-            self.patches,
-            weight,
-            self.key,
-            intermediate_dtype=weight.dtype,
-            original_weights=self.original_weights,
-        )
+        """The weight with all patches, changed in place where that can be; on MPS LoRAs take little more memory."""
+        for patch in self.patches:
+            if not (weight.is_mps and add_plain_lora(weight, patch)):
+                weight = comfy.lora.calculate_weight(
+                    [patch],
+                    weight,
+                    self.key,
+                    intermediate_dtype=weight.dtype,
+                    original_weights=self.original_weights,
+                )
+        return weight
 
 
 class HookPatch(WeightPatch):

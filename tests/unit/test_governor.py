@@ -33,7 +33,7 @@ def gib(value):
     return int(value * GIB)
 
 
-@pytest.mark.parametrize(("setting", "trim", "shrink"), [("careful", 8.5, 9.5), ("strict", 8.0, 8.5)])
+@pytest.mark.parametrize(("setting", "trim", "shrink"), [("careful", 9.0, 9.5), ("strict", 8.0, 8.5)])
 def test_trims_first_and_shrinks_only_what_live_tensors_hold(setting, trim, shrink):
     machine = Machine(setting)
     machine.look()

@@ -21,6 +21,7 @@ import comfy.sd
 import comfy.utils
 import full_size_sampling as full
 from apple_silicon_video.memory.comfy_runs import WRAPPER_KEY
+from apple_silicon_video.quantization import low_rank
 from full_size_sampling import blank, load_full, load_small, management, sample
 from small_models import wan_lora
 from workflow_table import TABLE as WORKFLOWS
@@ -29,6 +30,7 @@ TABLE = tuple(map(int, sim.installed()["torch"].split(".")[:2]))
 HIGH, LOW = "wan2.2-t2v-a14b-high", "wan2.2-t2v-a14b-low"
 SMALL, FULL = (128, 128, 9), (832, 480, 81)
 GIB = 1 << 30
+PART = 16 << 10  # bytes
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +177,27 @@ if TABLE == (2, 13):  # none depends on the table
         assert not layer.weight_function
         management.load_models_gpu([plain], force_full_load=True)
         assert torch.equal(layer.decoded_weight(torch.float32, full.MPS).cpu(), before)
+
+    def test_a_lora_is_added_part_by_part(tmp_path, monkeypatch):
+        """The same sums as core's to a rounding, in the weight, its result and a part of the product."""
+        monkeypatch.setattr(low_rank.add_product, "__defaults__", (PART,))
+        patched = with_lora(load_small(tmp_path, HIGH), HIGH)
+        key = "diffusion_model.blocks.0.ffn.0.weight"
+        management.load_models_gpu([patched], force_full_load=True)
+        layer = patched.model.diffusion_model.blocks[0].ffn[0]
+        dense = layer.weight.dequantize(torch.float32, full.MPS).clone()
+        nbytes, (function,) = dense.nbytes, layer.weight_function
+        assert nbytes > 4 * PART
+        exact = comfy.lora.calculate_weight(function.patches, dense.clone(), key).cpu()
+        layer.decoded_weight(torch.bfloat16, full.MPS)  # the device's tables
+        gc.collect()
+        sim.reset()
+        before = sim.stats().live
+        found = function(dense)
+        rank, columns = function.patches[0][1].weights[1].shape
+        factors = 4 * rank * (columns + PART // (4 * columns))
+        assert found is dense and sim.stats().peak - before <= PART + factors < nbytes // 2
+        assert (found.cpu() - exact).abs().max() <= 2 * torch.finfo(torch.float32).eps * exact.abs().max()
 
     def test_a_scheduled_lora_takes_half_its_bytes(tmp_path):
         lora = wan_lora(HIGH, "lora", seed=1)
