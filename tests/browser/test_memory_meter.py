@@ -6,7 +6,6 @@ from .pages import FrontEnd
 
 ROUTE = "/apple_silicon_video/memory"
 METER = ".asv-memory-meter"
-ASKED = f"count => performance.getEntriesByType('resource').filter(e => e.name.includes('{ROUTE}')).length >= count"
 HIDE = """hidden => {
     Object.defineProperty(document, 'hidden', {value: hidden, configurable: true})
     document.dispatchEvent(new Event('visibilitychange'))
@@ -27,15 +26,16 @@ def test_meter(comfy, browser):
         page.wait_for_function(f"document.querySelector('{METER} span')?.textContent.includes('Process')")
         text = page.locator(METER).inner_text()
         assert "GiB of" in text and "swap" in text
-        page.wait_for_function(ASKED, arg=2)
+        for _ in range(2):
+            page.wait_for_event("request", lambda request: ROUTE in request.url)
 
         page.evaluate(HIDE, True)
         page.wait_for_timeout(500)
         count = len(asked)
         page.wait_for_timeout(4500)
         assert len(asked) == count
-        page.evaluate(HIDE, False)
-        page.wait_for_function(ASKED, arg=count + 1)
+        with page.expect_request(lambda request: ROUTE in request.url):
+            page.evaluate(HIDE, False)
 
         page.evaluate("window.app.extensionManager.setting.set('AppleSiliconVideo.MemoryMeter', false)")
         page.wait_for_timeout(500)
