@@ -70,6 +70,7 @@ class FrontEnd:
             self.page.request.post(f"{url}/settings/{key}", data=json.dumps(value))
         self.page.goto(url)
         self.page.wait_for_function(READY)
+        self.page.wait_for_load_state("networkidle")  # it looks for its default graph's missing files until then
         self.errors.clear()  # asking for the graph too early is one
 
     def close(self) -> None:
@@ -110,11 +111,7 @@ class FrontEnd:
         }))""")
 
     def marked(self) -> list[str]:
-        """The types of the nodes that stay marked as faulty.
-
-        The front end looks for missing files in the background, and what it finds for the graph before this one (its
-        own default graph at first) can mark the nodes with the same numbers here until it has looked again.
-        """
+        """The types of the nodes that stay marked as faulty; files are looked for in the background."""
         with suppress(TimeoutError):
             self.page.wait_for_function("() => window.app.graph._nodes.every(node => !node.has_errors)", timeout=20_000)
         return self.page.evaluate(
