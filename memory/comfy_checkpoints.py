@@ -12,6 +12,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def _outer_sample(
     checkpoint = store.get(key)
     if checkpoint is not None and checkpoint.finished:
         tell("This sampling was finished before; its result is used.")
+        store.put(key, replace(checkpoint, run=run))  # it goes when this run has succeeded
         return checkpoint.latent
     if checkpoint is not None:
         history = "" if is_exact(sampler) else "; this sampler's history starts anew"

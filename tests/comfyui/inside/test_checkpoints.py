@@ -205,6 +205,16 @@ def test_finished_sampling_is_not_repeated_until_its_run_succeeds(model, store, 
     assert calls.count > 0 and len(told) == 1
 
 
+def test_what_a_killed_run_finished_goes_with_the_run_that_used_it(model, store, calls, monkeypatch):
+    monkeypatch.setattr(comfy_checkpoints, "run_succeeded", {"run 2"}.__contains__)
+    resumable = with_checkpoints(model, store, "model", 1)
+    for run, evaluations in (("run 1", True), ("run 2", False), ("run 3", True)):
+        monkeypatch.setattr(comfy_checkpoints, "current_run", lambda run=run: run)
+        calls.count = 0
+        sample(resumable)
+        assert bool(calls.count) == evaluations, run
+
+
 def test_damaged_checkpoint_starts_from_the_beginning(model, store, calls, caplog):
     resumable = with_checkpoints(model, store, "model", 1)
     reference = sample(resumable)
