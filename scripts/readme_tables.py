@@ -36,15 +36,15 @@ CAPTIONS = {
 }
 
 GROUPS = {
-    "loaders": "加载",
-    "conditioning": "条件",
-    "video": "视频",
-    "vae": "VAE",
-    "memory": "内存",
-    "patches": "修补",
-    "diagnosis": "诊断",
+    "loaders": ("Loaders", "加载"),
+    "conditioning": ("Conditioning", "条件"),
+    "video": ("Video", "视频"),
+    "vae": ("VAE", "VAE"),
+    "memory": ("Memory", "内存"),
+    "patches": ("Patches", "修补"),
+    "diagnosis": ("Diagnosis", "诊断"),
 }
-"""Groups of nodes in the order in which they are shown, and their Chinese names."""
+"""Groups of nodes in the order in which they are shown, and their names in English and Chinese."""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -144,7 +144,7 @@ def nodes(language: Language) -> str:
     page = {"en": "web/docs/{}.md", "zh": "web/docs/{}/zh.md"}[language]
     parts = []
     for group, ids in node_groups().items():
-        title = GROUPS.get(group, group) if language == "zh" else group[:1].upper() + group[1:]
+        title = GROUPS.get(group, (group, group))[language == "zh"]
         rows = (
             (f"[**{texts[name]['display_name']}**]({page.format(name)})", texts[name]["description"]) for name in ids
         )
