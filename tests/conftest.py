@@ -4,7 +4,9 @@ scripts/ goes to the end of the path: at its front, ``import gguf`` would find s
 package that tests compare with.
 """
 
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from _pack import load_pack
 
 load_pack()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # A shell starts what it puts into the background so, and the commands that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
